@@ -1,0 +1,168 @@
+"""Gated linear attention as a scan over tokens, in one direction or in both at once.
+
+Mathematics (per batch element and head, natural-log decays g <= 0, one per token and key channel):
+
+    forward :  S_t = diag(exp(gf_t)) S_{t-1} + k_t v_t^T        of_t = scale * q_t^T S_t
+    backward:  R_t = diag(exp(gb_t)) R_{t+1} + k_t v_t^T        ob_t = scale * q_t^T R_t
+    bidirectional output: (of_t + ob_t) / 2
+
+The receiving token's own decay is applied, the source token's is not; the current token sits in both directions,
+undecayed. Source: ViG, arXiv 2405.18425.
+
+Files: `reference.py` is the definition, `chunked.py` the portable PyTorch form, `native.cpp` the CPU kernel and
+`triton.py` the GPU kernel; `operators.py` registers the last two with PyTorch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.gated_scan import chunked, operators, reference
+
+__all__ = ["bidirectional_gated_scan", "gated_scan", "log_decay_from_logits"]
+
+
+def log_decay_from_logits(logits: Tensor, normalizer: float = 16.0) -> Tensor:
+    """Return `logsigmoid(logits) / normalizer`: the log decays of gate logits (any shape), in float32 at least."""
+    return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / normalizer
+
+
+def bidirectional_gated_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay_forward: Tensor,
+    log_decay_backward: Tensor,
+    *,
+    scale: float | None = None,
+    logit_normalizer: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean of a forward and a backward gated linear attention over the same tokens.
+
+    Args:
+        query: (B, N, H, K); any N >= 0, any strides.
+        key: (B, N, H, K).
+        value: (B, N, H, V).
+        log_decay_forward: (B, N, H, K), natural logarithms <= 0; the first token's has no effect.
+        log_decay_backward: (B, N, H, K), likewise; the last token's has no effect.
+        scale: factor on the queries; K ** -0.5 if None.
+        logit_normalizer: if given, the two decay arguments are gate logits z of any sign, and the log decay
+            `logsigmoid(z) / logit_normalizer` is taken inside the operation (ViG: 16), nothing being stored.
+        backend: one of `kernels.backend.BACKENDS`; chosen by device if None.
+
+    Returns:
+        (B, N, H, V) in the dtype of `value`; sums are taken in float32 at least.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, a log decay is positive or NaN, or a parameter is out of range.
+        RuntimeError: the named backend cannot run here.
+    """
+    decays = {"log_decay_forward": log_decay_forward, "log_decay_backward": log_decay_backward}
+    scale = _check(query, key, value, decays, scale, logit_normalizer)
+    backend = resolve_backend("bidirectional_gated_scan", query.device, backend)
+    if backend in ("native", "triton"):
+        function = operators.bidirectional_gated_scan
+        return function(query, key, value, log_decay_forward, log_decay_backward, scale, logit_normalizer or 0.0, backend)
+    plain = (reference if backend == "reference" else chunked).bidirectional_gated_scan
+    tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer))
+    return plain(*tensors, scale).to(value.dtype)
+
+
+def gated_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    logit_normalizer: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention in one direction.
+
+    Args:
+        query: (B, N, H, K).
+        key: (B, N, H, K).
+        value: (B, N, H, V).
+        log_decay: (B, N, H, K), natural logarithms <= 0.
+        scale: factor on the queries; K ** -0.5 if None.
+        reverse: scan from the last token to the first.
+        initial_state: (B, H, K, V), the state before the first token scanned; zeros if None.
+        logit_normalizer: as in `bidirectional_gated_scan`.
+        backend: as in `bidirectional_gated_scan`.
+
+    Returns:
+        The output (B, N, H, V) in the dtype of `value`, and the final state (B, H, K, V) in float32 at least.
+
+    Raises:
+        ValueError, RuntimeError: as in `bidirectional_gated_scan`.
+    """
+    decays = {"log_decay": log_decay}
+    scale = _check(query, key, value, decays, scale, logit_normalizer)
+    if initial_state is not None:
+        expected = (query.shape[0], query.shape[2], query.shape[3], value.shape[3])
+        _check_tensor("initial_state", initial_state, expected, query)
+    backend = resolve_backend("gated_scan", query.device, backend)
+    if backend in ("native", "triton"):
+        normalizer = logit_normalizer or 0.0
+        return operators.gated_scan(query, key, value, log_decay, initial_state, scale, normalizer, reverse, backend)
+    plain = (reference if backend == "reference" else chunked).gated_scan
+    states = () if initial_state is None else (initial_state,)
+    tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer), *states)
+    output, final_state = plain(*tensors[:4], scale, reverse, tensors[4] if states else None)
+    return output.to(value.dtype), final_state
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, decays: dict[str, Tensor], scale: float | None, normalizer: float | None
+) -> float:
+    """Raise `ValueError` for arguments that do not fit; return the scale to use."""
+    if query.dim() != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it must be (batch, tokens, heads, key_dim)")
+    if value.dim() != 4:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it must be (batch, tokens, heads, value_dim)")
+    _check_tensor("query", query, tuple(query.shape), query)
+    _check_tensor("key", key, tuple(query.shape), query)
+    _check_tensor("value", value, (*query.shape[:3], value.shape[3]), query)
+    for name, decay in decays.items():
+        _check_tensor(name, decay, tuple(query.shape), query)
+    if normalizer is not None and not normalizer > 0:
+        raise ValueError(f"logit_normalizer is {normalizer}; it must be positive (ViG uses 16), or None for log decays")
+    if normalizer is None and not torch.compiler.is_compiling():
+        for name, decay in decays.items():
+            if decay.numel() and not bool((decay.detach() <= 0).all()):
+                raise ValueError(f"{name} holds {_worst_decay(decay)}; log decays must be <= 0 and not NaN")
+    if scale is not None and not torch.compiler.is_compiling() and scale != scale:
+        raise ValueError("scale is NaN; it must be a number, or None for key_dim ** -0.5")
+    return float(max(query.shape[3], 1)) ** -0.5 if scale is None else float(scale)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with query {tuple(query.shape)} it must be {shape}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+
+
+def _worst_decay(decay: Tensor) -> str:
+    return "NaN" if bool(decay.isnan().any()) else f"{decay.max().item():g}"
+
+
+def _log_decays(decays: dict[str, Tensor], normalizer: float | None) -> list[Tensor]:
+    if normalizer is None:
+        return list(decays.values())
+    return [log_decay_from_logits(logits, normalizer) for logits in decays.values()]
+
+
+def _common_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Cast to the widest dtype among `tensors`, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]

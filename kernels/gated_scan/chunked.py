@@ -1,0 +1,66 @@
+"""The gated scan in chunks, in plain PyTorch: the portable and the exportable form.
+
+Inside a chunk of C tokens every pair (i, j <= i) has its decay exp(sum of log_decay over j+1..i); between chunks the
+state is carried. Every exponent is a plain sum of log decays, never a difference of sums, so it is <= 0 and keeps its
+precision however strong a gate is. Formulas: ViG's scan (arXiv 2405.18425) in the chunked form of gated linear
+attention (arXiv 2312.06635, section 4).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 8  # tokens; the (C, C, K) tensor of decays dominates, so short chunks win on CPU
+
+
+def gated_scan(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, scale: float, reverse: bool, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One direction. Shapes as in `kernels.gated_scan.gated_scan`; every argument has the same dtype."""
+    batch, tokens, heads, key_dim = query.shape
+    state = initial_state
+    if state is None:
+        state = value.new_zeros(batch, heads, key_dim, value.shape[-1])
+    if tokens == 0:
+        return value.new_zeros(value.shape), state
+    if reverse:
+        query, key, value, log_decay = (x.flip(1) for x in (query, key, value, log_decay))
+
+    chunks = -(-tokens // CHUNK)
+    padding = (0, 0, 0, 0, 0, chunks * CHUNK - tokens)  # zero keys and zero log decays leave the state as it is
+
+    def in_chunks(x: Tensor) -> Tensor:
+        return F.pad(x, padding).unflatten(1, (chunks, CHUNK)).transpose(2, 3)  # (B, n, H, C, D)
+
+    query, key, value, log_decay = (in_chunks(x) for x in (query * scale, key, value, log_decay))
+
+    # between[i, j] = sum of log_decay over j+1..i: a running sum over i that starts after j.
+    position = torch.arange(CHUNK, device=query.device)
+    after_source = position[:, None] > position  # (i, j)
+    steps = torch.where(after_source[..., None], log_decay[..., :, None, :], 0.0)  # (B, n, H, i, j, K)
+    between = steps.cumsum(-3)
+    visible = position[:, None] >= position
+    pair_decay = torch.where(visible[..., None], between, -torch.inf).exp()
+    scores = torch.einsum("bnhid,bnhjd,bnhijd->bnhij", query, key, pair_decay)
+    output = scores @ value  # (B, n, H, C, V)
+
+    from_start = (log_decay[..., :1, :] + between[..., :, 0, :]).exp()  # the state before the chunk, seen by token i
+    to_end = between[..., -1, :, :].exp()  # the update of token j, seen after the chunk
+    updates = (key * to_end).transpose(-1, -2) @ value  # (B, n, H, K, V)
+    incoming = []
+    for n in range(chunks):
+        incoming.append(state)
+        state = from_start[:, n, :, -1, :, None] * state + updates[:, n]
+    output = output + (query * from_start) @ torch.stack(incoming, dim=1)
+
+    output = output.transpose(2, 3).flatten(1, 2)[:, :tokens]
+    return (output.flip(1) if reverse else output), state
+
+
+def bidirectional_gated_scan(
+    query: Tensor, key: Tensor, value: Tensor, log_decay_forward: Tensor, log_decay_backward: Tensor, scale: float
+) -> Tensor:
+    """Mean of both directions; shapes as in `kernels.gated_scan.bidirectional_gated_scan`."""
+    forward, _ = gated_scan(query, key, value, log_decay_forward, scale, False, None)
+    backward, _ = gated_scan(query, key, value, log_decay_backward, scale, True, None)
+    return (forward + backward) / 2
