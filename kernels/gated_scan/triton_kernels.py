@@ -1,0 +1,444 @@
+"""The Triton kernels of the gated scan; `triton.py` launches them and explains the algorithm.
+
+Legend: C tokens of a chunk, K and V the tile of the key and of the value dimension; a comment gives a tile's shape.
+`own` is a token's log decay, `beyond` that of its neighbour on the side the state leaves to: the next token's in the
+forward direction, the previous one's in the backward direction. A query is decayed from the point of reference up to
+and with its own decay, a key from the decay beyond it to the point of reference: plain sums of log decays, never
+differences of sums, so that every exponent is <= 0 and keeps its precision beside a decay of -1e4.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(chunks, tiles, heads, CHUNK: tl.constexpr):
+    """This program's chunk, tile, sequence (batch element and head), batch element, head, and tokens [C]."""
+    program = tl.program_id(0).to(tl.int64)
+    chunk = program % chunks
+    tile = (program // chunks) % tiles
+    sequence = program // chunks // tiles
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
+    return chunk, tile, sequence, sequence // heads, sequence % heads, tokens
+
+
+@triton.jit
+def _pointers(tensor, strides, batch, head, tokens, dims):
+    """Addresses [tokens, dims] in one head of a (B, N, H, D) tensor of any strides."""
+    rows = tokens.to(tl.int64)[:, None] * strides[1]
+    columns = dims.to(tl.int64)[None, :] * strides[3]
+    return tensor + (batch * strides[0] + head * strides[2]) + rows + columns
+
+
+@triton.jit
+def _load(tensor, strides, batch, head, tokens, dims, token_count, dim_count):
+    inside = (tokens < token_count)[:, None] & (dims < dim_count)[None, :]
+    return tl.load(_pointers(tensor, strides, batch, head, tokens, dims), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _log_decay(gate, strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS: tl.constexpr):
+    """Log decays [tokens, dims] in float32, 0 where `keep` is false."""
+    inside = keep[:, None] & (dims < dim_count)[None, :]
+    pointers = _pointers(gate, strides, batch, head, tokens, dims)
+    if not LOGITS:
+        return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    logits = tl.load(pointers, mask=inside, other=float("inf")).to(tl.float32)
+    # log1p(x) = log(u) x / (u - 1) with u = 1 + x rounded (Kahan): the rounding of u cancels.
+    x = tl.exp(-tl.abs(logits))
+    u = 1.0 + x
+    log1p = tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
+    return (tl.minimum(logits, 0.0) - log1p) / normalizer
+
+
+@triton.jit
+def _forward_decays(
+    gate, strides, batch, head, tokens, dims, token_count, dim_count, normalizer,
+    CHUNK: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """`own` and `beyond` [C, K] of the forward direction; nothing lies beyond the chunk."""
+    own = _log_decay(gate, strides, batch, head, tokens, tokens < token_count, dims, dim_count, normalizer, LOGITS)
+    after = tokens + 1
+    keep = (after < token_count) & (after % CHUNK != 0)
+    return own, _log_decay(gate, strides, batch, head, after, keep, dims, dim_count, normalizer, LOGITS)
+
+
+@triton.jit
+def _backward_decays(
+    gate, strides, batch, head, tokens, dims, token_count, dim_count, normalizer,
+    CHUNK: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """`own` and `beyond` [C, K] of the backward direction."""
+    own = _log_decay(gate, strides, batch, head, tokens, tokens < token_count, dims, dim_count, normalizer, LOGITS)
+    keep = (tokens <= token_count) & (tokens % CHUNK != 0)
+    return own, _log_decay(gate, strides, batch, head, tokens - 1, keep, dims, dim_count, normalizer, LOGITS)
+
+
+@triton.jit
+def _running_sum(x, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
+    """Running sum of x [C, K] over tokens that starts anew every SEGMENT tokens."""
+    if SEGMENT == 1:
+        return x
+    segments: tl.constexpr = x.shape[0] // SEGMENT
+    parts = tl.reshape(x, (segments, SEGMENT, x.shape[1]))
+    return tl.reshape(tl.cumsum(parts, 1, reverse=REVERSE), x.shape)
+
+
+@triton.jit
+def _level_decays(
+    forward, forward_beyond, backward, backward_beyond,
+    HALF: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Decays [C, K] of queries and of keys, to the middle of their block of 2 HALF tokens.
+
+    In a block the forward direction pairs queries of the second half with keys of the first, the backward direction
+    queries of the first half with keys of the second: each token has one query and one key decay for both directions.
+    """
+    position = tl.arange(0, forward.shape[0])
+    second = ((position // HALF) % 2 == 1)[:, None]
+    nothing = tl.full(forward.shape, float("-inf"), tl.float32)
+    forward_query, forward_key = nothing, nothing
+    if FORWARD:
+        inner = (position % HALF != HALF - 1)[:, None]
+        forward_query = _running_sum(forward, HALF, False)
+        forward_key = _running_sum(tl.where(inner, forward_beyond, 0.0), HALF, True)
+    backward_query, backward_key = nothing, nothing
+    if BACKWARD:
+        inner = (position % HALF != 0)[:, None]
+        backward_query = _running_sum(backward, HALF, True)
+        backward_key = _running_sum(tl.where(inner, backward_beyond, 0.0), HALF, False)
+    query_decay = tl.exp(tl.where(second, forward_query, backward_query))
+    key_decay = tl.exp(tl.where(second, backward_key, forward_key))
+    return query_decay, key_decay
+
+
+@triton.jit
+def _level_pairs(CHUNK: tl.constexpr, HALF: tl.constexpr):
+    """Pairs [C, C] of tokens in the two halves of one block of 2 HALF tokens."""
+    half = tl.arange(0, CHUNK) // HALF
+    return (half[:, None] ^ half[None, :]) == 1
+
+
+@triton.jit
+def _state_pointers(states, direction, sequences, sequence, chunks, chunk, keys, values, K: tl.constexpr, V: tl.constexpr):
+    """Addresses [keys, values] in the states (direction, sequence, chunk, K, V)."""
+    start = ((direction * sequences + sequence) * chunks + chunk) * (K * V)
+    return states + start + keys[:, None] * V + values[None, :]
+
+
+@triton.jit
+def chunk_updates_kernel(
+    token_side, token_side_strides, value_side, value_side_strides,
+    gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+    updates, decays,
+    token_count, chunks, sequences, heads, scale, normalizer,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LOGITS: tl.constexpr, QUERIES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to the state that crosses it, and by how much it decays it.
+
+    Keys and values give the states' updates; with QUERIES, queries and output gradients give the state gradients'.
+    """
+    value_tiles: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    key_tiles: tl.constexpr = (KEY_DIM + BLOCK_K - 1) // BLOCK_K
+    chunk, tile, sequence, batch, head, tokens = _place(chunks, key_tiles * value_tiles, heads, CHUNK)
+    keys = tile // value_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    values = tile % value_tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = _load(token_side, token_side_strides, batch, head, tokens, keys, token_count, KEY_DIM) * scale  # [C, K]
+    y = _load(value_side, value_side_strides, batch, head, tokens, values, token_count, VALUE_DIM).to(DOT)  # [C, V]
+    inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+    for direction in tl.static_range(2):
+        if (direction == 0 and FORWARD) or (direction == 1 and BACKWARD):
+            if direction == 0:
+                own, beyond = _forward_decays(
+                    gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+                    CHUNK, LOGITS,
+                )  # fmt: skip
+            else:
+                own, beyond = _backward_decays(
+                    gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+                    CHUNK, LOGITS,
+                )  # fmt: skip
+            if QUERIES:
+                exponent = _running_sum(own, CHUNK, direction == 1)
+            else:
+                exponent = _running_sum(beyond, CHUNK, direction == 0)
+            update = tl.dot(tl.trans((x * tl.exp(exponent)).to(DOT)), y, input_precision=PRECISION)  # [K, V]
+            slot: tl.constexpr = direction if FORWARD else 0
+            pointers = _state_pointers(
+                updates, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+            )
+            tl.store(pointers, update, mask=inside)
+            if tile % value_tiles == 0:
+                start = ((slot * sequences + sequence) * chunks + chunk) * KEY_DIM
+                tl.store(decays + start + keys, tl.exp(tl.sum(own, 0)), mask=keys < KEY_DIM)
+
+
+@triton.jit
+def carry_states_kernel(
+    states, decays, initial_state, final_state, chunks, sequences,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    FORWARD: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+):  # fmt: skip
+    """Replace each chunk's update in `states` by the state that enters the chunk, one chunk after the other.
+
+    A state gradient travels against the state: from the last chunk in the forward direction.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (KEY_DIM * VALUE_DIM + BLOCK - 1) // BLOCK
+    row = program // blocks  # direction and sequence
+    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = element < KEY_DIM * VALUE_DIM
+    is_forward = (row < sequences) & FORWARD
+    ascending = is_forward != GRADIENT
+    step = tl.where(ascending, 1, -1).to(tl.int64)
+    chunk = row * chunks + tl.where(ascending, 0, chunks - 1)
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial_state + row * (KEY_DIM * VALUE_DIM) + element, mask=inside, other=0.0)
+    update = tl.load(states + chunk * (KEY_DIM * VALUE_DIM) + element, mask=inside, other=0.0)
+    for n in range(chunks):
+        # The next update is asked for before this one is used: the loop waits for memory, not for arithmetic.
+        following = chunk + step
+        ahead = inside & (n + 1 < chunks)
+        next_update = tl.load(states + following * (KEY_DIM * VALUE_DIM) + element, mask=ahead, other=0.0)
+        decay = tl.load(decays + chunk * KEY_DIM + element // VALUE_DIM, mask=inside, other=0.0)
+        tl.store(states + chunk * (KEY_DIM * VALUE_DIM) + element, state, mask=inside)
+        state = decay * state + update
+        update = next_update
+        chunk = following
+    if HAS_FINAL:
+        tl.store(final_state + row * (KEY_DIM * VALUE_DIM) + element, state, mask=inside)
+
+
+@triton.jit
+def chunk_outputs_kernel(
+    query, query_strides, key, key_strides, value_side, value_side_strides,
+    gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+    states, output, output_strides,
+    token_count, chunks, sequences, heads, scale, normalizer,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LOGITS: tl.constexpr, STATES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a chunk: one score matrix for both directions, and the states that enter it from either side.
+
+    TRANSPOSED gives the gradient of the values: the transposed scores on output gradients, and keys on the gradients
+    of the states that leave.
+    """
+    value_tiles: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    chunk, tile, sequence, batch, head, tokens = _place(chunks, value_tiles, heads, CHUNK)
+    values = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    position = tl.arange(0, CHUNK)
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    current = tl.zeros([CHUNK], tl.float32)  # a token's score on itself, undecayed in each direction
+    result = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+    for first_key in range(0, KEY_DIM, BLOCK_K):
+        keys = first_key + tl.arange(0, BLOCK_K)
+        q = _load(query, query_strides, batch, head, tokens, keys, token_count, KEY_DIM) * scale  # [C, K]
+        k = _load(key, key_strides, batch, head, tokens, keys, token_count, KEY_DIM)  # [C, K]
+        forward, forward_beyond = tl.zeros_like(q), tl.zeros_like(q)
+        backward, backward_beyond = tl.zeros_like(q), tl.zeros_like(q)
+        if FORWARD:
+            forward, forward_beyond = _forward_decays(
+                gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+                CHUNK, LOGITS,
+            )  # fmt: skip
+        if BACKWARD:
+            backward, backward_beyond = _backward_decays(
+                gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+                CHUNK, LOGITS,
+            )  # fmt: skip
+        if STATES:
+            inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+            side = k if TRANSPOSED else q
+            if FORWARD:
+                exponent = _running_sum(forward_beyond if TRANSPOSED else forward, CHUNK, TRANSPOSED)
+                pointers = _state_pointers(
+                    states, 0, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+                )
+                state = tl.load(pointers, mask=inside, other=0.0).to(DOT)  # [K, V]
+                result = tl.dot((side * tl.exp(exponent)).to(DOT), state, result, input_precision=PRECISION)
+            if BACKWARD:
+                exponent = _running_sum(backward_beyond if TRANSPOSED else backward, CHUNK, not TRANSPOSED)
+                pointers = _state_pointers(
+                    states, 1 if FORWARD else 0, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+                )
+                state = tl.load(pointers, mask=inside, other=0.0).to(DOT)
+                result = tl.dot((side * tl.exp(exponent)).to(DOT), state, result, input_precision=PRECISION)
+        current += tl.sum(q * k, 1)
+        for level in tl.static_range(LEVELS):
+            query_decay, key_decay = _level_decays(
+                forward, forward_beyond, backward, backward_beyond, 1 << level, FORWARD, BACKWARD
+            )
+            decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
+            if TRANSPOSED:
+                level_scores = tl.dot(decayed_key, tl.trans(decayed_query), input_precision=PRECISION)  # [C, C]
+            else:
+                level_scores = tl.dot(decayed_query, tl.trans(decayed_key), input_precision=PRECISION)  # [C, C]
+            scores += tl.where(_level_pairs(CHUNK, 1 << level), level_scores, 0.0)
+    directions: tl.constexpr = 2 if FORWARD and BACKWARD else 1
+    scores = tl.where(position[:, None] == position[None, :], directions * current[:, None], scores)
+    y = _load(value_side, value_side_strides, batch, head, tokens, values, token_count, VALUE_DIM)  # [C, V]
+    result = tl.dot(scores.to(DOT), y.to(DOT), result, input_precision=PRECISION)
+    pointers = _pointers(output, output_strides, batch, head, tokens, values)
+    inside = (tokens < token_count)[:, None] & (values < VALUE_DIM)[None, :]
+    tl.store(pointers, result.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _state_products(
+    states, state_gradients, slot, sequences, sequence, chunks, chunk, keys, values, output_gradient, v,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One direction's state that enters and gradient of the state that leaves, with the chunk's rows and each other."""
+    inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+    pointers = _state_pointers(states, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM)
+    state = tl.load(pointers, mask=inside, other=0.0)  # [K, V]
+    pointers = _state_pointers(
+        state_gradients, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+    )
+    gradient = tl.load(pointers, mask=inside, other=0.0)  # [K, V]
+    query_gradient = tl.dot(output_gradient, tl.trans(state.to(DOT)), input_precision=PRECISION)  # [C, K]
+    key_gradient = tl.dot(v, tl.trans(gradient.to(DOT)), input_precision=PRECISION)  # [C, K]
+    return query_gradient, key_gradient, tl.sum(state * gradient, 1)
+
+
+@triton.jit
+def _store_gate_gradient(
+    gradient, strides, gate, gate_strides, batch, head, tokens, keys, inside, log_decay_gradient, normalizer,
+    LOGITS: tl.constexpr,
+):  # fmt: skip
+    if LOGITS:
+        pointers = _pointers(gate, gate_strides, batch, head, tokens, keys)
+        logits = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        log_decay_gradient *= tl.sigmoid(-logits) / normalizer
+    pointers = _pointers(gradient, strides, batch, head, tokens, keys)
+    tl.store(pointers, log_decay_gradient.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def chunk_gradients_kernel(
+    query, query_strides, key, key_strides, value, value_strides,
+    gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+    output_gradient, output_gradient_strides, states, state_gradients,
+    query_gradient, query_gradient_strides, key_gradient, key_gradient_strides,
+    gate_forward_gradient, gate_forward_gradient_strides, gate_backward_gradient, gate_backward_gradient_strides,
+    token_count, chunks, sequences, heads, scale, normalizer,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LOGITS: tl.constexpr, STATES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, keys and gates of a chunk.
+
+    A log decay's gradient is the sum over all products that it decays. Products of the chunk's rows with a state are
+    summed directly; those of pairs in the chunk as a running sum of (query part - key part) per token, the same
+    rounded operands in both parts, so that a pair that lies wholly on one side cancels.
+    """
+    key_tiles: tl.constexpr = (KEY_DIM + BLOCK_K - 1) // BLOCK_K
+    chunk, tile, sequence, batch, head, tokens = _place(chunks, key_tiles, heads, CHUNK)
+    keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    position = tl.arange(0, CHUNK)
+    score_gradient = tl.zeros([CHUNK, CHUNK], tl.float32)
+    current = tl.zeros([CHUNK], tl.float32)
+    zero = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    forward_query_gradient, forward_key_gradient, forward_through = zero, zero, tl.zeros([BLOCK_K], tl.float32)
+    backward_query_gradient, backward_key_gradient, backward_through = zero, zero, tl.zeros([BLOCK_K], tl.float32)
+    for first_value in range(0, VALUE_DIM, BLOCK_V):
+        values = first_value + tl.arange(0, BLOCK_V)
+        do = _load(output_gradient, output_gradient_strides, batch, head, tokens, values, token_count, VALUE_DIM)
+        v = _load(value, value_strides, batch, head, tokens, values, token_count, VALUE_DIM)  # [C, V]
+        current += tl.sum(do * v, 1)
+        do, v = do.to(DOT), v.to(DOT)
+        score_gradient = tl.dot(do, tl.trans(v), score_gradient, input_precision=PRECISION)
+        if STATES and FORWARD:
+            dq, dk, through = _state_products(
+                states, state_gradients, 0, sequences, sequence, chunks, chunk, keys, values, do, v,
+                KEY_DIM, VALUE_DIM, DOT, PRECISION,
+            )  # fmt: skip
+            forward_query_gradient += dq
+            forward_key_gradient += dk
+            forward_through += through
+        if STATES and BACKWARD:
+            dq, dk, through = _state_products(
+                states, state_gradients, 1 if FORWARD else 0, sequences, sequence, chunks, chunk, keys, values, do, v,
+                KEY_DIM, VALUE_DIM, DOT, PRECISION,
+            )  # fmt: skip
+            backward_query_gradient += dq
+            backward_key_gradient += dk
+            backward_through += through
+
+    q = _load(query, query_strides, batch, head, tokens, keys, token_count, KEY_DIM) * scale  # [C, K]
+    k = _load(key, key_strides, batch, head, tokens, keys, token_count, KEY_DIM)  # [C, K]
+    directions: tl.constexpr = 2 if FORWARD and BACKWARD else 1
+    dq = directions * current[:, None] * k
+    dk = directions * current[:, None] * q
+    forward, forward_beyond, forward_gradient, forward_flow = zero, zero, zero, zero
+    backward, backward_beyond, backward_gradient, backward_flow = zero, zero, zero, zero
+    if FORWARD:
+        forward, forward_beyond = _forward_decays(
+            gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+            CHUNK, LOGITS,
+        )  # fmt: skip
+        if STATES:
+            forward_query_gradient *= tl.exp(_running_sum(forward, CHUNK, False))
+            forward_key_gradient *= tl.exp(_running_sum(forward_beyond, CHUNK, True))
+            dq += forward_query_gradient
+            dk += forward_key_gradient
+            forward_flow = q * forward_query_gradient
+            left = k * forward_key_gradient
+            through = forward_through * tl.exp(tl.sum(forward, 0))
+            forward_gradient = tl.cumsum(left, 0) - left + through[None, :]
+    if BACKWARD:
+        backward, backward_beyond = _backward_decays(
+            gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
+            CHUNK, LOGITS,
+        )  # fmt: skip
+        if STATES:
+            backward_query_gradient *= tl.exp(_running_sum(backward, CHUNK, True))
+            backward_key_gradient *= tl.exp(_running_sum(backward_beyond, CHUNK, False))
+            dq += backward_query_gradient
+            dk += backward_key_gradient
+            backward_flow = q * backward_query_gradient
+            left = k * backward_key_gradient
+            through = backward_through * tl.exp(tl.sum(backward, 0))
+            backward_gradient = tl.cumsum(left, 0, reverse=True) - left + through[None, :]
+
+    for level in tl.static_range(LEVELS):
+        query_decay, key_decay = _level_decays(
+            forward, forward_beyond, backward, backward_beyond, 1 << level, FORWARD, BACKWARD
+        )
+        decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
+        pairs = tl.where(_level_pairs(CHUNK, 1 << level), score_gradient, 0.0).to(DOT)
+        level_dq = tl.dot(pairs, decayed_key, input_precision=PRECISION)  # [C, K]
+        level_dk = tl.dot(tl.trans(pairs), decayed_query, input_precision=PRECISION)  # [C, K]
+        dq += level_dq * query_decay
+        dk += level_dk * key_decay
+        query_part = decayed_query.to(tl.float32) * level_dq
+        key_part = decayed_key.to(tl.float32) * level_dk
+        second = (position // (1 << level) % 2 == 1)[:, None]
+        forward_flow += tl.where(second, query_part, -key_part)
+        backward_flow += tl.where(second, -key_part, query_part)
+
+    inside = (tokens < token_count)[:, None] & (keys < KEY_DIM)[None, :]
+    pointers = _pointers(query_gradient, query_gradient_strides, batch, head, tokens, keys)
+    tl.store(pointers, (dq * scale).to(query_gradient.dtype.element_ty), mask=inside)
+    pointers = _pointers(key_gradient, key_gradient_strides, batch, head, tokens, keys)
+    tl.store(pointers, dk.to(key_gradient.dtype.element_ty), mask=inside)
+    if FORWARD:
+        forward_gradient += tl.cumsum(forward_flow, 0, reverse=True)
+        _store_gate_gradient(
+            gate_forward_gradient, gate_forward_gradient_strides, gate_forward, gate_forward_strides,
+            batch, head, tokens, keys, inside, forward_gradient, normalizer, LOGITS,
+        )  # fmt: skip
+    if BACKWARD:
+        backward_gradient += tl.cumsum(backward_flow, 0)
+        _store_gate_gradient(
+            gate_backward_gradient, gate_backward_gradient_strides, gate_backward, gate_backward_strides,
+            batch, head, tokens, keys, inside, backward_gradient, normalizer, LOGITS,
+        )  # fmt: skip
