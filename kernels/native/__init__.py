@@ -1,0 +1,135 @@
+"""Builds and loads the C++ CPU kernels.
+
+A source file is compiled with the machine's C++ compiler when it is first used (a few seconds: plain C interface, no
+PyTorch headers) and cached under `$XDG_CACHE_HOME/gated-vision-suite` by source, flags, compiler and processor. It is
+linked against the OpenMP library that PyTorch has already loaded, so both share one pool of threads.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+KERNELS = Path(__file__).resolve().parent.parent
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+)
+
+# dtype codes of the C interface (kernels/native/tensor.h)
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+class NativeTensor(ctypes.Structure):
+    """A view of a tensor whose last dimension is contiguous: `struct Tensor` of kernels/native/tensor.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3), ("dtype", ctypes.c_int32))
+
+
+def native_tensor(tensor: torch.Tensor | None) -> NativeTensor:
+    """Describe `tensor` (four dimensions, the last contiguous; None is a null pointer) to a kernel."""
+    if tensor is None:
+        return NativeTensor()
+    strides = tensor.stride()
+    return NativeTensor(tensor.data_ptr(), (ctypes.c_int64 * 3)(*strides[:3]), DTYPE_CODES[tensor.dtype])
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in a dtype and layout that `native_tensor` can describe, without a copy where it already is."""
+    if tensor.dtype not in DTYPE_CODES:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+@cache
+def compiler() -> str | None:
+    """Path of the C++ compiler: `$CXX`, or the first of c++, g++, clang++ that is found."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+@cache
+def load_error() -> str | None:
+    """Why native kernels cannot run on this machine, or None when they can."""
+    if platform.system() == "Windows":
+        return "native kernels are built on Linux and macOS only"
+    if compiler() is None:
+        return "no C++ compiler was found (set CXX, or install g++ or clang++)"
+    try:
+        library("gated_scan/native.cpp")
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def library(source: str) -> ctypes.CDLL:
+    """Compile (or find in the cache) and load the kernels of `source`, a path below `kernels/`.
+
+    Raises:
+        RuntimeError: the compiler failed; the message holds its output.
+    """
+    path = KERNELS / source
+    texts = [file.read_bytes() for file in (path, *HEADERS)]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), _compiler_version(), _processor()])).hexdigest()
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gated-vision-suite"
+    target = directory / f"{path.parent.name}-{key[:16]}.so"
+    if not target.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        _compile(path, target)
+    return ctypes.CDLL(str(target))
+
+
+def _compile(source: Path, target: Path) -> None:
+    """Write the library beside `target` and move it there, so that processes that build at once do not collide."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        object_file, built = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+        includes = ("-I", str(KERNELS / "native"))
+        _run([compiler(), *FLAGS, *includes, "-c", str(source), "-o", str(object_file)])
+        _run([compiler(), "-shared", str(object_file), _openmp_library(), "-o", str(built)])
+        os.replace(built, target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"compiling a native kernel failed: {' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def _openmp_library() -> str:
+    """The OpenMP runtime PyTorch has mapped into this process; the compiler's own where that is unknown."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        found = re.findall(r"\S+/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*", maps.read_text())
+        if found:
+            return found[0]
+    return "-fopenmp"
+
+
+def _compiler_version() -> bytes:
+    return subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
+
+
+def _processor() -> bytes:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), *sorted(kinds)]).encode()

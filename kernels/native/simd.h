@@ -1,0 +1,184 @@
+// Portable SIMD by GCC/Clang vector extensions: one register-wide vector of float or double, its loads and stores from
+// float, double and bfloat16 memory, and the few transcendental functions that gates need.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace simd {
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;
+#endif
+
+// AVX2 has 16 vector registers, AVX-512 and NEON have 32: how many state vectors a kernel may keep in registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int STATE_REGISTERS = 16;
+#else
+constexpr int STATE_REGISTERS = 8;
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+template <typename T> struct VectorOf {
+    typedef T type __attribute__((vector_size(REGISTER_BYTES)));
+    typedef T unaligned __attribute__((vector_size(REGISTER_BYTES), aligned(sizeof(T)), may_alias));
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> integer __attribute__((vector_size(REGISTER_BYTES)));
+};
+template <typename T> using Vector = typename VectorOf<T>::type;
+template <typename T> using Mask = typename VectorOf<T>::integer;
+template <typename T> constexpr int LANES = REGISTER_BYTES / sizeof(T);
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(BFloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+template <typename M, typename T> INLINE M narrow(T x) {
+    if constexpr (std::is_same_v<M, BFloat16>) {
+        const float value = float(x);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};  // NaN stays NaN
+        return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};                   // round to nearest, ties to even
+    } else {
+        return M(x);
+    }
+}
+
+template <typename T> INLINE Vector<T> broadcast(T x) { return x - Vector<T>{}; }
+template <typename T> INLINE Vector<T> load(const T* p) { return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p); }
+template <typename T> INLINE void store(T* p, Vector<T> v) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v; }
+
+typedef uint16_t HalfWords __attribute__((vector_size(REGISTER_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(REGISTER_BYTES)));
+
+// Loads and stores of memory type M as vectors of the compute type T.
+template <typename T, typename M> INLINE Vector<T> load_as(const M* p) {
+    if constexpr (std::is_same_v<M, T>) {
+        return load<T>(p);
+    } else if constexpr (std::is_same_v<M, BFloat16> && std::is_same_v<T, float>) {
+        const Words bits = __builtin_convertvector(*reinterpret_cast<const HalfWords*>(p), Words) << 16;
+        return (Vector<float>)bits;  // a cast between vectors of one size keeps the bits
+    } else {
+        Vector<T> out;
+        for (int i = 0; i < LANES<T>; i++) out[i] = T(widen(p[i]));
+        return out;
+    }
+}
+template <typename M, typename T> INLINE void store_as(M* p, Vector<T> v) {
+    if constexpr (std::is_same_v<M, T>) {
+        store<T>(p, v);
+    } else if constexpr (std::is_same_v<M, BFloat16> && std::is_same_v<T, float>) {
+        const Words bits = (Words)v;
+        const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+        const Words not_a_number = (bits >> 16) | 0x40;
+        const Words chosen = (bits & 0x7fffffffu) > 0x7f800000u ? not_a_number : rounded;
+        *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(chosen, HalfWords);
+    } else {
+        for (int i = 0; i < LANES<T>; i++) p[i] = narrow<M>(v[i]);
+    }
+}
+
+// The first `count` lanes only; the others read as `fill` and are not written.
+template <typename T, typename M> INLINE Vector<T> load_part(const M* p, int count, T fill = T(0)) {
+    if (count >= LANES<T>) return load_as<T, M>(p);
+    Vector<T> out = broadcast<T>(fill);
+    for (int i = 0; i < count; i++) out[i] = T(widen(p[i]));
+    return out;
+}
+template <typename M, typename T> INLINE void store_part(M* p, Vector<T> v, int count) {
+    if (count >= LANES<T>) return store_as<M, T>(p, v);
+    for (int i = 0; i < count; i++) p[i] = narrow<M>(v[i]);
+}
+
+template <typename T> INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) { return b < a ? b : a; }  // a NaN in a stays
+template <typename T> INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) { return b > a ? b : a; }
+
+template <typename T> INLINE bool any(Mask<T> mask) {
+    bool found = false;
+    for (int i = 0; i < LANES<T>; i++) found |= mask[i] != 0;
+    return found;
+}
+
+template <typename T> INLINE T sum(Vector<T> v) {
+    T total = 0;
+    for (int i = 0; i < LANES<T>; i++) total += v[i];
+    return total;
+}
+
+// exp, to about one unit in the last place in float; 0 below -87, so never a denormal; NaN stays NaN.
+INLINE Vector<float> exponential(Vector<float> x) {
+    using V = Vector<float>;
+    typedef Mask<float> I;
+    const Mask<float> tiny = x < -87.0f;
+    x = minimum<float>(tiny ? V{} - 87.0f : x, V{} + 88.0f);
+    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    V n = x * 1.44269504088896341f + shifter;
+    const I exponent = (I)n << 23;
+    n -= shifter;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const I scaled = (I)p + exponent;
+    const V result = (V)scaled;
+    return x != x ? x : (tiny ? V{} : result);
+}
+INLINE Vector<double> exponential(Vector<double> x) {
+    for (int i = 0; i < LANES<double>; i++) x[i] = std::exp(x[i]);
+    return x;
+}
+
+// log(1 + x) for 0 <= x <= 1, absolute error below 1e-7 in float.
+INLINE Vector<float> log_one_plus(Vector<float> x) {
+    using V = Vector<float>;
+    const V y = x + 1.0f;
+    const Mask<float> large = y > 1.41421356f;
+    const V m = large ? (x - 1.0f) * 0.5f : x;  // y = 2 (1 + m) or 1 + m
+    const V z = m * m;
+    V p = V{} + 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const V result = m + (p * m * z - 0.5f * z);
+    return large ? result + 0.69314718056f : result;
+}
+INLINE Vector<double> log_one_plus(Vector<double> x) {
+    for (int i = 0; i < LANES<double>; i++) x[i] = std::log1p(x[i]);
+    return x;
+}
+
+template <typename T> INLINE Vector<T> absolute(Vector<T> x) { return x < 0 ? -x : x; }
+
+template <typename T> INLINE Vector<T> sigmoid(Vector<T> x) {
+    const Vector<T> e = exponential(-absolute<T>(x));
+    return (x < 0 ? e : Vector<T>{} + 1) / (1 + e);
+}
+template <typename T> INLINE Vector<T> log_sigmoid(Vector<T> x) {
+    return minimum<T>(x, Vector<T>{}) - log_one_plus(exponential(-absolute<T>(x)));
+}
+
+}  // namespace simd
