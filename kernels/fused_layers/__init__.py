@@ -1,13 +1,15 @@
 """The elementwise layers around a gated scan, each in one pass over memory on CPU.
 
 Outside the scan and the matrix products these passes are where an eager model spends its time. `reference.py` holds
-the definitions (backends `reference` and `torch`), `native.cpp` the CPU kernels; on a GPU `torch.compile` fuses the
-definitions.
+the definitions (backends `reference` and `torch`), `native.cpp` the CPU kernels; there are no Triton kernels of these,
+because on a GPU `torch.compile` fuses the definitions: the `triton` backend runs them as they are.
 """
 
+import torch
 from torch import Tensor
 
-from kernels.fused_layers import reference
+from kernels.backend import resolve_backend
+from kernels.fused_layers import operators, reference
 
 __all__ = ["depthwise_convolution", "gated_norm_mix", "rms_norm", "swiglu"]
 
@@ -24,9 +26,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
         backend: one of `kernels.backend.BACKENDS`; chosen by device if None.
 
     Returns:
-        (..., C) in the dtype of `x`.
+        (..., C) in the dtype of `x`; under autocast in autocast's, ready for the matrix product that follows.
+
+    Raises:
+        ValueError: `weight` does not fit `x`.
     """
-    return reference.rms_norm(x, weight, eps)
+    _check_shape("weight", weight, (x.shape[-1],), x)
+    dtype = _output_dtype(x)
+    if resolve_backend("rms_norm", x.device, backend) == "native":
+        return operators.rms_norm(x, weight, eps, dtype)
+    return reference.rms_norm(x, weight, eps).to(dtype)
 
 
 def depthwise_convolution(
@@ -38,15 +47,34 @@ def depthwise_convolution(
         x: (B, H, W, C).
         weight: (C, 1, 3, 3).
         activation: None or "silu".
+        backend: as in `rms_norm`.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C); the dtype as in `rms_norm`.
+
+    Raises:
+        ValueError: shapes do not fit or the activation is unknown.
     """
-    return reference.depthwise_convolution(x, weight, activation)
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, height, width, channels)")
+    _check_shape("weight", weight, (x.shape[-1], 1, 3, 3), x)
+    activate = _check_activation(activation)
+    dtype = _output_dtype(x)
+    if resolve_backend("depthwise_convolution", x.device, backend) == "native":
+        return operators.depthwise_convolution(x, weight, activate, dtype)
+    return reference.depthwise_convolution(x, weight, activation).to(dtype)
 
 
 def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """`silu(a) * b` for the halves a, b of the last dimension: (..., 2M) -> (..., M)."""
+    """`silu(a) * b` for the halves a, b of the last dimension: (..., 2M) -> (..., M).
+
+    Raises:
+        ValueError: the last dimension is odd.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"x has {x.shape[-1]} channels; they must be even to be halved")
+    if resolve_backend("swiglu", x.device, backend) == "native":
+        return operators.swiglu(x)
     return reference.swiglu(x)
 
 
@@ -61,7 +89,7 @@ def gated_norm_mix(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """ViG's mix of the global and the local branch, per channel convex:
+    """ViG's mix of the global and the local branch, per channel convex (arXiv 2405.18425):
 
         G = sigmoid(gate_logits);  y = activation(G * rms_norm(scan) + (1 - G) * rms_norm(local))
 
@@ -71,9 +99,42 @@ def gated_norm_mix(
         gate_logits: (B, N, H, V).
         scan_weight: (V,), norm weight shared by the heads.
         local_weight: (V,).
+        eps: of both norms.
         activation: None or "silu".
+        backend: as in `rms_norm`.
 
     Returns:
-        (B, N, H, V).
+        (B, N, H, V) in the dtype of `scan`.
+
+    Raises:
+        ValueError: shapes do not fit or the activation is unknown.
     """
-    return reference.gated_norm_mix(scan, local, gate_logits, scan_weight, local_weight, eps, activation)
+    if scan.dim() != 4:
+        raise ValueError(f"scan has shape {tuple(scan.shape)}; it must be (batch, tokens, heads, value_dim)")
+    for name, tensor in (("local", local), ("gate_logits", gate_logits)):
+        _check_shape(name, tensor, tuple(scan.shape), scan)
+    for name, tensor in (("scan_weight", scan_weight), ("local_weight", local_weight)):
+        _check_shape(name, tensor, (scan.shape[-1],), scan)
+    activate = _check_activation(activation)
+    if resolve_backend("gated_norm_mix", scan.device, backend) == "native":
+        return operators.gated_norm_mix(scan, local, gate_logits, scan_weight, local_weight, eps, activate)
+    mixed = reference.gated_norm_mix(scan, local, gate_logits, scan_weight, local_weight, eps, activation)
+    return mixed.to(scan.dtype)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of {tuple(x.shape)} it must be {shape}")
+
+
+def _check_activation(activation: str | None) -> bool:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; valid are None and 'silu'")
+    return activation == "silu"
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

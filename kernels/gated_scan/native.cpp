@@ -148,7 +148,7 @@ template <typename T> class Rows {
             M* row = static_cast<M*>(tensor_.data) + offset_ + token * tensor_.strides[1];
             for (int64_t c = 0; c < width_; c += LANES<T>) {
                 const Vector<T> sum = addend ? load(from + c) + load(addend + c) : load(from + c);
-                store_part<M, T>(row + c, sum, int(std::min<int64_t>(width_ - c, LANES<T>)));
+                store_part(row + c, sum, int(std::min<int64_t>(width_ - c, LANES<T>)));
             }
         });
     }

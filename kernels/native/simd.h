@@ -79,17 +79,19 @@ template <typename T, typename M> INLINE Vector<T> load_as(const M* p) {
         return out;
     }
 }
-template <typename M, typename T> INLINE void store_as(M* p, Vector<T> v) {
-    if constexpr (std::is_same_v<M, T>) {
-        store<T>(p, v);
-    } else if constexpr (std::is_same_v<M, BFloat16> && std::is_same_v<T, float>) {
+template <typename V> using Element = std::decay_t<decltype(V{}[0])>;
+
+template <typename M, typename V> INLINE void store_as(M* p, V v) {
+    if constexpr (std::is_same_v<M, Element<V>>) {
+        store<M>(p, v);
+    } else if constexpr (std::is_same_v<M, BFloat16> && std::is_same_v<Element<V>, float>) {
         const Words bits = (Words)v;
         const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
         const Words not_a_number = (bits >> 16) | 0x40;
         const Words chosen = (bits & 0x7fffffffu) > 0x7f800000u ? not_a_number : rounded;
         *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(chosen, HalfWords);
     } else {
-        for (int i = 0; i < LANES<T>; i++) p[i] = narrow<M>(v[i]);
+        for (int i = 0; i < LANES<Element<V>>; i++) p[i] = narrow<M>(v[i]);
     }
 }
 
@@ -100,8 +102,8 @@ template <typename T, typename M> INLINE Vector<T> load_part(const M* p, int cou
     for (int i = 0; i < count; i++) out[i] = T(widen(p[i]));
     return out;
 }
-template <typename M, typename T> INLINE void store_part(M* p, Vector<T> v, int count) {
-    if (count >= LANES<T>) return store_as<M, T>(p, v);
+template <typename M, typename V> INLINE void store_part(M* p, V v, int count) {
+    if (count >= LANES<Element<V>>) return store_as(p, v);
     for (int i = 0; i < count; i++) p[i] = narrow<M>(v[i]);
 }
 

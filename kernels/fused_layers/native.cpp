@@ -1,0 +1,350 @@
+// The elementwise layers around the scan on CPU: every tensor is read once and written once, SIMD over the channels.
+//
+// T is the type of the arithmetic (float or double), M the type in memory. Gradients that sum over rows are summed by
+// thread over fixed ranges of rows and then over threads in order: the same bits for the same thread count.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "tensor.h"
+
+namespace {
+
+using namespace simd;
+
+// Calls f(T, M, O): arithmetic, memory and second memory type (the output's, or its gradient's).
+template <typename F> void with_types(int32_t memory, int32_t other, F&& f) {
+    with_type(memory, [&](auto* m) {
+        with_type(other, [&](auto* o) {
+            using M = std::remove_pointer_t<decltype(m)>;
+            using O = std::remove_pointer_t<decltype(o)>;
+            if constexpr (std::is_same_v<M, double> && std::is_same_v<O, double>) f(double{}, M{}, O{});
+            if constexpr (!std::is_same_v<M, double> && !std::is_same_v<O, double>) f(float{}, M{}, O{});
+        });
+    });
+}
+
+// f(vector of channel c, number of valid lanes) over 0..width
+template <typename T, typename F> INLINE void over_channels(int64_t width, F&& f) {
+    constexpr int L = LANES<T>;
+    int64_t c = 0;
+    for (; c + L <= width; c += L) f(c, L);
+    if (c < width) f(c, int(width - c));
+}
+
+template <typename T> INLINE Vector<T> silu(Vector<T> x) { return x * sigmoid<T>(x); }
+template <typename T> INLINE Vector<T> silu_slope(Vector<T> x) {
+    const Vector<T> s = sigmoid<T>(x);
+    return s * (1 + x * (1 - s));
+}
+
+template <typename T, typename M> INLINE T inverse_rms(const M* row, int64_t width, T eps) {
+    Vector<T> squares{};
+    over_channels<T>(width, [&](int64_t c, int n) {
+        const Vector<T> x = load_part<T>(row + c, n);
+        squares += x * x;
+    });
+    return 1 / std::sqrt(sum<T>(squares) / T(width) + eps);
+}
+
+struct Range {
+    int64_t begin, end;
+};
+INLINE Range share(int64_t count) {  // this thread's fixed part of 0..count
+    const int64_t threads = omp_get_num_threads(), i = omp_get_thread_num();
+    return {count * i / threads, count * (i + 1) / threads};
+}
+
+// Adds the threads' partial sums ([threads][width]) into `total`.
+template <typename T> void add_partials(const std::vector<T>& partials, int64_t width, T* total) {
+    std::fill(total, total + width, T(0));
+    for (size_t i = 0; i < partials.size(); i++) total[i % width] += partials[i];
+}
+
+// dx = r (w dy - x r^2 mean(x w dy)), r = inverse rms; `weight_sum` collects x r dy.
+template <typename T, typename M, typename O>
+INLINE void rms_norm_row_backward(const M* x, const O* dy, const T* weight, int64_t width, T eps, M* dx, T* weight_sum) {
+    const T r = inverse_rms<T>(x, width, eps);
+    Vector<T> products{};
+    over_channels<T>(width, [&](int64_t c, int n) {
+        const Vector<T> xv = load_part<T>(x + c, n), g = load_part<T>(dy + c, n);
+        products += xv * g * load_part<T>(weight + c, n);
+        store_part(weight_sum + c, load_part<T>(weight_sum + c, n) + xv * g * r, n);
+    });
+    const T correction = sum<T>(products) * r * r / T(width);
+    over_channels<T>(width, [&](int64_t c, int n) {
+        const Vector<T> xv = load_part<T>(x + c, n), g = load_part<T>(dy + c, n);
+        store_part(dx + c, (load_part<T>(weight + c, n) * g - xv * correction) * r, n);
+    });
+}
+
+// A 3x3 window of a channels-last map around (y, x): the pointers of its nine pixels, null outside.
+template <typename M> struct Map {
+    const M* data;
+    int64_t height, width, channels;
+
+    const M* pixel(int64_t y, int64_t x) const {
+        return y < 0 || y >= height || x < 0 || x >= width ? nullptr : data + (y * width + x) * channels;
+    }
+};
+
+// sum over the window of pixel * weight; `weight` is [9][channels].
+template <typename T, typename M>
+INLINE Vector<T> window_sum(const M* const* window, const T* weight, int64_t channels, int64_t c, int n) {
+    Vector<T> total{};
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; i++)
+        if (window[i]) total += load_part<T>(window[i] + c, n) * load_part<T>(weight + i * channels + c, n);
+    return total;
+}
+
+template <typename M, typename F> void over_windows(const Map<M>& map, int64_t row, F&& f) {
+    for (int64_t x = 0; x < map.width; x++) {
+        const M* window[9];
+        for (int i = 0; i < 9; i++) window[i] = map.pixel(row + i / 3 - 1, x + i % 3 - 1);
+        f(x, window);
+    }
+}
+
+}  // namespace
+
+// x [rows, width] -> out, strides[0] apart; weight has the arithmetic's type.
+extern "C" void rms_norm_forward(const Tensor* x, const void* weight, const Tensor* out, int64_t rows, int64_t width, double eps, int threads) {
+    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+        const T* w = static_cast<const T*>(weight);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < rows; i++) {
+            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
+            O* to = static_cast<O*>(out->data) + i * out->strides[0];
+            const T r = inverse_rms<T>(row, width, T(eps));
+            over_channels<T>(width, [&](int64_t c, int n) {
+                store_part(to + c, load_part<T>(row + c, n) * r * load_part<T>(w + c, n), n);
+            });
+        }
+    });
+}
+
+extern "C" void rms_norm_backward(
+    const Tensor* grad, const Tensor* x, const void* weight, const Tensor* grad_x, void* grad_weight, int64_t rows, int64_t width,
+    double eps, int threads
+) {
+    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+        std::vector<T> partials(threads * width);
+#pragma omp parallel num_threads(threads)
+        {
+            const Range range = share(rows);
+            T* weight_sum = partials.data() + omp_get_thread_num() * width;
+            for (int64_t i = range.begin; i < range.end; i++)
+                rms_norm_row_backward<T>(
+                    static_cast<const M*>(x->data) + i * x->strides[0], static_cast<const O*>(grad->data) + i * grad->strides[0],
+                    static_cast<const T*>(weight), width, T(eps), static_cast<M*>(grad_x->data) + i * grad_x->strides[0], weight_sum
+                );
+        }
+        add_partials(partials, width, static_cast<T*>(grad_weight));
+    });
+}
+
+// x [rows, 2 width] -> out [rows, width]: silu(first half) * second half.
+extern "C" void swiglu_forward(const Tensor* x, const Tensor* out, int64_t rows, int64_t width, int threads) {
+    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < rows; i++) {
+            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
+            O* to = static_cast<O*>(out->data) + i * out->strides[0];
+            over_channels<T>(width, [&](int64_t c, int n) {
+                store_part(to + c, silu<T>(load_part<T>(row + c, n)) * load_part<T>(row + width + c, n), n);
+            });
+        }
+    });
+}
+
+extern "C" void swiglu_backward(const Tensor* grad, const Tensor* x, const Tensor* grad_x, int64_t rows, int64_t width, int threads) {
+    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < rows; i++) {
+            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
+            const O* dy = static_cast<const O*>(grad->data) + i * grad->strides[0];
+            M* to = static_cast<M*>(grad_x->data) + i * grad_x->strides[0];
+            over_channels<T>(width, [&](int64_t c, int n) {
+                const Vector<T> a = load_part<T>(row + c, n), b = load_part<T>(row + width + c, n), g = load_part<T>(dy + c, n);
+                store_part(to + c, g * b * silu_slope<T>(a), n);
+                store_part(to + width + c, g * silu<T>(a), n);
+            });
+        }
+    });
+}
+
+// Contiguous maps [batch, height, width, channels]; weight [9][channels] in the arithmetic's type.
+extern "C" void depthwise_convolution_forward(
+    const Tensor* x, const void* weight, const Tensor* out, const int64_t* sizes, int activate, int threads
+) {
+    const int64_t batch = sizes[0], height = sizes[1], width = sizes[2], channels = sizes[3], image = height * width * channels;
+    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < batch * height; i++) {
+            const Map<M> map{static_cast<const M*>(x->data) + i / height * image, height, width, channels};
+            O* to = static_cast<O*>(out->data) + i * width * channels;
+            over_windows(map, i % height, [&](int64_t column, const M* const* window) {
+                over_channels<T>(channels, [&](int64_t c, int n) {
+                    const Vector<T> sum = window_sum<T>(window, static_cast<const T*>(weight), channels, c, n);
+                    store_part(to + column * channels + c, activate ? silu<T>(sum) : sum, n);
+                });
+            });
+        }
+    });
+}
+
+// `slopes` is room for [batch, height, width, channels] of the arithmetic's type, used where there is an activation.
+extern "C" void depthwise_convolution_backward(
+    const Tensor* grad, const Tensor* x, const void* weight, const Tensor* grad_x, void* grad_weight, void* slopes,
+    const int64_t* sizes, int activate, int threads
+) {
+    const int64_t batch = sizes[0], height = sizes[1], width = sizes[2], channels = sizes[3], image = height * width * channels;
+    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+        using T = decltype(t);
+        using M = decltype(m);
+        using O = decltype(o);
+        const T* w = static_cast<const T*>(weight);
+        std::vector<T> flipped(9 * channels), partials(threads * 9 * channels);
+        for (int i = 0; i < 9; i++) std::copy(w + i * channels, w + (i + 1) * channels, flipped.data() + (8 - i) * channels);
+        // The gradient before the activation: grad itself, or grad * silu'(the convolution, computed again).
+        if (activate) {
+#pragma omp parallel for num_threads(threads)
+            for (int64_t i = 0; i < batch * height; i++) {
+                const Map<M> map{static_cast<const M*>(x->data) + i / height * image, height, width, channels};
+                const O* dy = static_cast<const O*>(grad->data) + i * width * channels;
+                T* to = static_cast<T*>(slopes) + i * width * channels;
+                over_windows(map, i % height, [&](int64_t column, const M* const* window) {
+                    over_channels<T>(channels, [&](int64_t c, int n) {
+                        const Vector<T> sum = window_sum<T>(window, w, channels, c, n);
+                        const int64_t at = column * channels + c;
+                        store_part(to + at, load_part<T>(dy + at, n) * silu_slope<T>(sum), n);
+                    });
+                });
+            }
+        }
+        const auto gradients = [&](const auto* before) {
+            using G = std::remove_const_t<std::remove_pointer_t<decltype(before)>>;
+#pragma omp parallel num_threads(threads)
+            {
+                const Range range = share(batch * height);
+                T* weight_sum = partials.data() + omp_get_thread_num() * 9 * channels;
+                for (int64_t i = range.begin; i < range.end; i++) {
+                    const Map<G> map{before + i / height * image, height, width, channels};
+                    const M* pixels = static_cast<const M*>(x->data) + i * width * channels;
+                    M* to = static_cast<M*>(grad_x->data) + i * width * channels;
+                    over_windows(map, i % height, [&](int64_t column, const G* const* window) {
+                        over_channels<T>(channels, [&](int64_t c, int n) {
+                            const int64_t at = column * channels + c;
+                            store_part(to + at, window_sum<T>(window, flipped.data(), channels, c, n), n);
+                            const Vector<T> pixel = load_part<T>(pixels + at, n);
+#pragma GCC unroll 9
+                            for (int j = 0; j < 9; j++)
+                                if (window[j]) {
+                                    T* sum = weight_sum + (8 - j) * channels + c;
+                                    store_part(sum, load_part<T>(sum, n) + pixel * load_part<T>(window[j] + c, n), n);
+                                }
+                        });
+                    });
+                }
+            }
+        };
+        if (activate)
+            gradients(static_cast<const T*>(slopes));
+        else
+            gradients(static_cast<const O*>(grad->data));
+        add_partials(partials, 9 * channels, static_cast<T*>(grad_weight));
+    });
+}
+
+namespace {
+
+// Rows of the mix are the heads of the tokens: [batch, tokens, heads, width].
+template <typename M> M* head_row(const Tensor* tensor, const int64_t* sizes, int64_t i) {
+    const int64_t head = i % sizes[2], token = i / sizes[2] % sizes[1], batch = i / (sizes[2] * sizes[1]);
+    return static_cast<M*>(tensor->data) + batch * tensor->strides[0] + token * tensor->strides[1] + head * tensor->strides[2];
+}
+
+}  // namespace
+
+// y = act(G rms_norm(scan) + (1 - G) rms_norm(local)), G = sigmoid(gate)
+extern "C" void gated_norm_mix_forward(
+    const Tensor* scan, const Tensor* local, const Tensor* gate, const void* scan_weight, const void* local_weight, const Tensor* out,
+    const int64_t* sizes, double eps, int activate, int threads
+) {
+    const int64_t rows = sizes[0] * sizes[1] * sizes[2], width = sizes[3];
+    with_types(scan->dtype, scan->dtype, [&](auto t, auto m, auto) {
+        using T = decltype(t);
+        using M = decltype(m);
+        const T *ws = static_cast<const T*>(scan_weight), *wl = static_cast<const T*>(local_weight);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < rows; i++) {
+            const M *s = head_row<M>(scan, sizes, i), *l = head_row<M>(local, sizes, i), *g = head_row<M>(gate, sizes, i);
+            M* to = head_row<M>(out, sizes, i);
+            const T rs = inverse_rms<T>(s, width, T(eps)), rl = inverse_rms<T>(l, width, T(eps));
+            over_channels<T>(width, [&](int64_t c, int n) {
+                const Vector<T> a = load_part<T>(s + c, n) * rs * load_part<T>(ws + c, n);
+                const Vector<T> b = load_part<T>(l + c, n) * rl * load_part<T>(wl + c, n);
+                const Vector<T> mixed = b + sigmoid<T>(load_part<T>(g + c, n)) * (a - b);
+                store_part(to + c, activate ? silu<T>(mixed) : mixed, n);
+            });
+        }
+    });
+}
+
+extern "C" void gated_norm_mix_backward(
+    const Tensor* grad, const Tensor* scan, const Tensor* local, const Tensor* gate, const void* scan_weight, const void* local_weight,
+    const Tensor* grad_scan, const Tensor* grad_local, const Tensor* grad_gate, void* grad_scan_weight, void* grad_local_weight,
+    const int64_t* sizes, double eps, int activate, int threads
+) {
+    const int64_t rows = sizes[0] * sizes[1] * sizes[2], width = sizes[3];
+    with_types(scan->dtype, scan->dtype, [&](auto t, auto m, auto) {
+        using T = decltype(t);
+        using M = decltype(m);
+        const T *ws = static_cast<const T*>(scan_weight), *wl = static_cast<const T*>(local_weight);
+        std::vector<T> scan_partials(threads * width), local_partials(threads * width), branches(threads * 2 * width);
+#pragma omp parallel num_threads(threads)
+        {
+            const Range range = share(rows);
+            const int64_t own = omp_get_thread_num() * width;
+            T *scan_branch = branches.data() + 2 * own, *local_branch = scan_branch + width;  // gradients of the normed branches
+            for (int64_t i = range.begin; i < range.end; i++) {
+                const M *s = head_row<M>(scan, sizes, i), *l = head_row<M>(local, sizes, i), *g = head_row<M>(gate, sizes, i);
+                const M* dy = head_row<M>(grad, sizes, i);
+                M* dg = head_row<M>(grad_gate, sizes, i);
+                const T rs = inverse_rms<T>(s, width, T(eps)), rl = inverse_rms<T>(l, width, T(eps));
+                over_channels<T>(width, [&](int64_t c, int n) {
+                    const Vector<T> a = load_part<T>(s + c, n) * rs * load_part<T>(ws + c, n);
+                    const Vector<T> b = load_part<T>(l + c, n) * rl * load_part<T>(wl + c, n);
+                    const Vector<T> G = sigmoid<T>(load_part<T>(g + c, n));
+                    Vector<T> d = load_part<T>(dy + c, n);
+                    if (activate) d *= silu_slope<T>(b + G * (a - b));
+                    store_part(dg + c, d * (a - b) * G * (1 - G), n);
+                    store_part(scan_branch + c, d * G, n);
+                    store_part(local_branch + c, d * (1 - G), n);
+                });
+                rms_norm_row_backward<T>(s, scan_branch, ws, width, T(eps), head_row<M>(grad_scan, sizes, i), scan_partials.data() + own);
+                rms_norm_row_backward<T>(l, local_branch, wl, width, T(eps), head_row<M>(grad_local, sizes, i), local_partials.data() + own);
+            }
+        }
+        add_partials(scan_partials, width, static_cast<T*>(grad_scan_weight));
+        add_partials(local_partials, width, static_cast<T*>(grad_local_weight));
+    });
+}
