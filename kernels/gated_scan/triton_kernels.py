@@ -37,7 +37,9 @@ def _load(tensor, strides, batch, head, tokens, dims, token_count, dim_count):
 
 
 @triton.jit
-def _log_decay(gate, strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS: tl.constexpr):
+def _log_decays(
+    gate, strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS: tl.constexpr
+):
     """Log decays [tokens, dims] in float32, 0 where `keep` is false."""
     inside = keep[:, None] & (dims < dim_count)[None, :]
     pointers = _pointers(gate, strides, batch, head, tokens, dims)
@@ -52,75 +54,81 @@ def _log_decay(gate, strides, batch, head, tokens, keep, dims, dim_count, normal
 
 
 @triton.jit
-def _forward_decays(
-    gate, strides, batch, head, tokens, dims, token_count, dim_count, normalizer,
-    CHUNK: tl.constexpr, LOGITS: tl.constexpr,
+def _first_sums(
+    gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+    batch, head, tokens, dims, token_count, dim_count, normalizer,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """`own` and `beyond` [C, K] of the forward direction; nothing lies beyond the chunk."""
-    own = _log_decay(gate, strides, batch, head, tokens, tokens < token_count, dims, dim_count, normalizer, LOGITS)
-    after = tokens + 1
-    keep = (after < token_count) & (after % CHUNK != 0)
-    return own, _log_decay(gate, strides, batch, head, after, keep, dims, dim_count, normalizer, LOGITS)
+    """Sums [C, K] of log decays in segments of one token: forward query and key, backward query and key."""
+    keep = tokens < token_count
+    zero = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
+    forward, backward = zero, zero
+    if FORWARD:
+        forward = _log_decays(
+            gate_forward, gate_forward_strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS
+        )
+    if BACKWARD:
+        backward = _log_decays(
+            gate_backward, gate_backward_strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS
+        )
+    return forward, zero, backward, zero
 
 
 @triton.jit
-def _backward_decays(
-    gate, strides, batch, head, tokens, dims, token_count, dim_count, normalizer,
-    CHUNK: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
-    """`own` and `beyond` [C, K] of the backward direction."""
-    own = _log_decay(gate, strides, batch, head, tokens, tokens < token_count, dims, dim_count, normalizer, LOGITS)
-    keep = (tokens <= token_count) & (tokens % CHUNK != 0)
-    return own, _log_decay(gate, strides, batch, head, tokens - 1, keep, dims, dim_count, normalizer, LOGITS)
+def _merge_halves(
+    forward_query, forward_key, backward_query, backward_key, half, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
+):
+    """From sums in segments of `half` tokens to sums in segments of 2 `half`: add the other half's total.
 
-
-@triton.jit
-def _running_sum(x, SEGMENT: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sum of x [C, K] over tokens that starts anew every SEGMENT tokens."""
-    if SEGMENT == 1:
-        return x
-    segments: tl.constexpr = x.shape[0] // SEGMENT
-    parts = tl.reshape(x, (segments, SEGMENT, x.shape[1]))
-    return tl.reshape(tl.cumsum(parts, 1, reverse=REVERSE), x.shape)
+    A segment's total is its last token's forward query sum and its first token's backward query sum.
+    """
+    position = tl.arange(0, forward_query.shape[0])[:, None]
+    second = (position // half) % 2 == 1
+    start = position // (2 * half) * (2 * half)
+    if FORWARD:
+        last = tl.where(second, start + half - 1, start + 2 * half - 1)
+        other = tl.gather(forward_query, tl.broadcast_to(last, forward_query.shape), 0)
+        forward_query += tl.where(second, other, 0.0)
+        forward_key += tl.where(second, 0.0, other)
+    if BACKWARD:
+        first = tl.where(second, start, start + half)
+        other = tl.gather(backward_query, tl.broadcast_to(first, backward_query.shape), 0)
+        backward_query += tl.where(second, 0.0, other)
+        backward_key += tl.where(second, other, 0.0)
+    return forward_query, forward_key, backward_query, backward_key
 
 
 @triton.jit
 def _level_decays(
-    forward, forward_beyond, backward, backward_beyond,
-    HALF: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """Decays [C, K] of queries and of keys, to the middle of their block of 2 HALF tokens.
+    forward_query, forward_key, backward_query, backward_key, half, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
+):
+    """Decays [C, K] of queries and of keys to the middle of their block of 2 `half` tokens.
 
     In a block the forward direction pairs queries of the second half with keys of the first, the backward direction
     queries of the first half with keys of the second: each token has one query and one key decay for both directions.
     """
-    position = tl.arange(0, forward.shape[0])
-    second = ((position // HALF) % 2 == 1)[:, None]
-    nothing = tl.full(forward.shape, float("-inf"), tl.float32)
-    forward_query, forward_key = nothing, nothing
-    if FORWARD:
-        inner = (position % HALF != HALF - 1)[:, None]
-        forward_query = _running_sum(forward, HALF, False)
-        forward_key = _running_sum(tl.where(inner, forward_beyond, 0.0), HALF, True)
-    backward_query, backward_key = nothing, nothing
-    if BACKWARD:
-        inner = (position % HALF != 0)[:, None]
-        backward_query = _running_sum(backward, HALF, True)
-        backward_key = _running_sum(tl.where(inner, backward_beyond, 0.0), HALF, False)
+    second = ((tl.arange(0, forward_query.shape[0]) // half) % 2 == 1)[:, None]
+    nothing = tl.full(forward_query.shape, float("-inf"), tl.float32)
+    if not FORWARD:
+        forward_query, forward_key = nothing, nothing
+    if not BACKWARD:
+        backward_query, backward_key = nothing, nothing
     query_decay = tl.exp(tl.where(second, forward_query, backward_query))
     key_decay = tl.exp(tl.where(second, backward_key, forward_key))
     return query_decay, key_decay
 
 
 @triton.jit
-def _level_pairs(CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """Pairs [C, C] of tokens in the two halves of one block of 2 HALF tokens."""
-    half = tl.arange(0, CHUNK) // HALF
-    return (half[:, None] ^ half[None, :]) == 1
+def _level_pairs(CHUNK: tl.constexpr, half):
+    """Pairs [C, C] of tokens in the two halves of one block of 2 `half` tokens."""
+    segment = tl.arange(0, CHUNK) // half
+    return (segment[:, None] ^ segment[None, :]) == 1
 
 
 @triton.jit
-def _state_pointers(states, direction, sequences, sequence, chunks, chunk, keys, values, K: tl.constexpr, V: tl.constexpr):
+def _state_pointers(
+    states, direction, sequences, sequence, chunks, chunk, keys, values, K: tl.constexpr, V: tl.constexpr
+):
     """Addresses [keys, values] in the states (direction, sequence, chunk, K, V)."""
     start = ((direction * sequences + sequence) * chunks + chunk) * (K * V)
     return states + start + keys[:, None] * V + values[None, :]
@@ -151,22 +159,20 @@ def chunk_updates_kernel(
     inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
     for direction in tl.static_range(2):
         if (direction == 0 and FORWARD) or (direction == 1 and BACKWARD):
-            if direction == 0:
-                own, beyond = _forward_decays(
-                    gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-                    CHUNK, LOGITS,
-                )  # fmt: skip
-            else:
-                own, beyond = _backward_decays(
-                    gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-                    CHUNK, LOGITS,
-                )  # fmt: skip
+            gate = gate_forward if direction == 0 else gate_backward
+            strides = gate_forward_strides if direction == 0 else gate_backward_strides
+            keep = tokens < token_count
+            own = _log_decays(gate, strides, batch, head, tokens, keep, keys, KEY_DIM, normalizer, LOGITS)
             if QUERIES:
-                exponent = _running_sum(own, CHUNK, direction == 1)
+                exponent = tl.cumsum(own, 0, reverse=direction == 1)
             else:
-                exponent = _running_sum(beyond, CHUNK, direction == 0)
+                # A key is not decayed by its own token: sum those of the tokens beyond it, inside the chunk.
+                beyond = tokens + 1 if direction == 0 else tokens - 1
+                keep = (beyond // CHUNK == chunk) & (beyond >= 0) & (beyond < token_count)
+                after = _log_decays(gate, strides, batch, head, beyond, keep, keys, KEY_DIM, normalizer, LOGITS)
+                exponent = tl.cumsum(after, 0, reverse=direction == 0)
             update = tl.dot(tl.trans((x * tl.exp(exponent)).to(DOT)), y, input_precision=PRECISION)  # [K, V]
-            slot: tl.constexpr = direction if FORWARD else 0
+            slot = direction if FORWARD else 0
             pointers = _state_pointers(
                 updates, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
             )
@@ -241,46 +247,40 @@ def chunk_outputs_kernel(
         keys = first_key + tl.arange(0, BLOCK_K)
         q = _load(query, query_strides, batch, head, tokens, keys, token_count, KEY_DIM) * scale  # [C, K]
         k = _load(key, key_strides, batch, head, tokens, keys, token_count, KEY_DIM)  # [C, K]
-        forward, forward_beyond = tl.zeros_like(q), tl.zeros_like(q)
-        backward, backward_beyond = tl.zeros_like(q), tl.zeros_like(q)
-        if FORWARD:
-            forward, forward_beyond = _forward_decays(
-                gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-                CHUNK, LOGITS,
-            )  # fmt: skip
-        if BACKWARD:
-            backward, backward_beyond = _backward_decays(
-                gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-                CHUNK, LOGITS,
-            )  # fmt: skip
-        if STATES:
-            inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
-            side = k if TRANSPOSED else q
-            if FORWARD:
-                exponent = _running_sum(forward_beyond if TRANSPOSED else forward, CHUNK, TRANSPOSED)
-                pointers = _state_pointers(
-                    states, 0, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
-                )
-                state = tl.load(pointers, mask=inside, other=0.0).to(DOT)  # [K, V]
-                result = tl.dot((side * tl.exp(exponent)).to(DOT), state, result, input_precision=PRECISION)
-            if BACKWARD:
-                exponent = _running_sum(backward_beyond if TRANSPOSED else backward, CHUNK, not TRANSPOSED)
-                pointers = _state_pointers(
-                    states, 1 if FORWARD else 0, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
-                )
-                state = tl.load(pointers, mask=inside, other=0.0).to(DOT)
-                result = tl.dot((side * tl.exp(exponent)).to(DOT), state, result, input_precision=PRECISION)
         current += tl.sum(q * k, 1)
-        for level in tl.static_range(LEVELS):
+        forward_query, forward_key, backward_query, backward_key = _first_sums(
+            gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+            batch, head, tokens, keys, token_count, KEY_DIM, normalizer, FORWARD, BACKWARD, LOGITS,
+        )  # fmt: skip
+        for level in range(LEVELS):
+            half = 1 << level
             query_decay, key_decay = _level_decays(
-                forward, forward_beyond, backward, backward_beyond, 1 << level, FORWARD, BACKWARD
+                forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
             )
             decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
             if TRANSPOSED:
                 level_scores = tl.dot(decayed_key, tl.trans(decayed_query), input_precision=PRECISION)  # [C, C]
             else:
                 level_scores = tl.dot(decayed_query, tl.trans(decayed_key), input_precision=PRECISION)  # [C, C]
-            scores += tl.where(_level_pairs(CHUNK, 1 << level), level_scores, 0.0)
+            scores += tl.where(_level_pairs(CHUNK, half), level_scores, 0.0)
+            forward_query, forward_key, backward_query, backward_key = _merge_halves(
+                forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+            )
+        if STATES:
+            side = k if TRANSPOSED else q
+            inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+            for direction in tl.static_range(2):
+                if (direction == 0 and FORWARD) or (direction == 1 and BACKWARD):
+                    if TRANSPOSED:
+                        exponent = forward_key if direction == 0 else backward_key
+                    else:
+                        exponent = forward_query if direction == 0 else backward_query
+                    slot = direction if FORWARD else 0
+                    pointers = _state_pointers(
+                        states, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+                    )
+                    state = tl.load(pointers, mask=inside, other=0.0).to(DOT)  # [K, V]
+                    result = tl.dot((side * tl.exp(exponent)).to(DOT), state, result, input_precision=PRECISION)
     directions: tl.constexpr = 2 if FORWARD and BACKWARD else 1
     scores = tl.where(position[:, None] == position[None, :], directions * current[:, None], scores)
     y = _load(value_side, value_side_strides, batch, head, tokens, values, token_count, VALUE_DIM)  # [C, V]
@@ -288,24 +288,6 @@ def chunk_outputs_kernel(
     pointers = _pointers(output, output_strides, batch, head, tokens, values)
     inside = (tokens < token_count)[:, None] & (values < VALUE_DIM)[None, :]
     tl.store(pointers, result.to(output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _state_products(
-    states, state_gradients, slot, sequences, sequence, chunks, chunk, keys, values, output_gradient, v,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One direction's state that enters and gradient of the state that leaves, with the chunk's rows and each other."""
-    inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
-    pointers = _state_pointers(states, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM)
-    state = tl.load(pointers, mask=inside, other=0.0)  # [K, V]
-    pointers = _state_pointers(
-        state_gradients, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
-    )
-    gradient = tl.load(pointers, mask=inside, other=0.0)  # [K, V]
-    query_gradient = tl.dot(output_gradient, tl.trans(state.to(DOT)), input_precision=PRECISION)  # [C, K]
-    key_gradient = tl.dot(v, tl.trans(gradient.to(DOT)), input_precision=PRECISION)  # [C, K]
-    return query_gradient, key_gradient, tl.sum(state * gradient, 1)
 
 
 @triton.jit
@@ -346,99 +328,99 @@ def chunk_gradients_kernel(
     position = tl.arange(0, CHUNK)
     score_gradient = tl.zeros([CHUNK, CHUNK], tl.float32)
     current = tl.zeros([CHUNK], tl.float32)
-    zero = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    forward_query_gradient, forward_key_gradient, forward_through = zero, zero, tl.zeros([BLOCK_K], tl.float32)
-    backward_query_gradient, backward_key_gradient, backward_through = zero, zero, tl.zeros([BLOCK_K], tl.float32)
     for first_value in range(0, VALUE_DIM, BLOCK_V):
         values = first_value + tl.arange(0, BLOCK_V)
         do = _load(output_gradient, output_gradient_strides, batch, head, tokens, values, token_count, VALUE_DIM)
         v = _load(value, value_strides, batch, head, tokens, values, token_count, VALUE_DIM)  # [C, V]
         current += tl.sum(do * v, 1)
-        do, v = do.to(DOT), v.to(DOT)
-        score_gradient = tl.dot(do, tl.trans(v), score_gradient, input_precision=PRECISION)
-        if STATES and FORWARD:
-            dq, dk, through = _state_products(
-                states, state_gradients, 0, sequences, sequence, chunks, chunk, keys, values, do, v,
-                KEY_DIM, VALUE_DIM, DOT, PRECISION,
-            )  # fmt: skip
-            forward_query_gradient += dq
-            forward_key_gradient += dk
-            forward_through += through
-        if STATES and BACKWARD:
-            dq, dk, through = _state_products(
-                states, state_gradients, 1 if FORWARD else 0, sequences, sequence, chunks, chunk, keys, values, do, v,
-                KEY_DIM, VALUE_DIM, DOT, PRECISION,
-            )  # fmt: skip
-            backward_query_gradient += dq
-            backward_key_gradient += dk
-            backward_through += through
+        score_gradient = tl.dot(do.to(DOT), tl.trans(v.to(DOT)), score_gradient, input_precision=PRECISION)
 
     q = _load(query, query_strides, batch, head, tokens, keys, token_count, KEY_DIM) * scale  # [C, K]
     k = _load(key, key_strides, batch, head, tokens, keys, token_count, KEY_DIM)  # [C, K]
     directions: tl.constexpr = 2 if FORWARD and BACKWARD else 1
     dq = directions * current[:, None] * k
     dk = directions * current[:, None] * q
-    forward, forward_beyond, forward_gradient, forward_flow = zero, zero, zero, zero
-    backward, backward_beyond, backward_gradient, backward_flow = zero, zero, zero, zero
-    if FORWARD:
-        forward, forward_beyond = _forward_decays(
-            gate_forward, gate_forward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-            CHUNK, LOGITS,
-        )  # fmt: skip
-        if STATES:
-            forward_query_gradient *= tl.exp(_running_sum(forward, CHUNK, False))
-            forward_key_gradient *= tl.exp(_running_sum(forward_beyond, CHUNK, True))
-            dq += forward_query_gradient
-            dk += forward_key_gradient
-            forward_flow = q * forward_query_gradient
-            left = k * forward_key_gradient
-            through = forward_through * tl.exp(tl.sum(forward, 0))
-            forward_gradient = tl.cumsum(left, 0) - left + through[None, :]
-    if BACKWARD:
-        backward, backward_beyond = _backward_decays(
-            gate_backward, gate_backward_strides, batch, head, tokens, keys, token_count, KEY_DIM, normalizer,
-            CHUNK, LOGITS,
-        )  # fmt: skip
-        if STATES:
-            backward_query_gradient *= tl.exp(_running_sum(backward, CHUNK, True))
-            backward_key_gradient *= tl.exp(_running_sum(backward_beyond, CHUNK, False))
-            dq += backward_query_gradient
-            dk += backward_key_gradient
-            backward_flow = q * backward_query_gradient
-            left = k * backward_key_gradient
-            through = backward_through * tl.exp(tl.sum(backward, 0))
-            backward_gradient = tl.cumsum(left, 0, reverse=True) - left + through[None, :]
-
-    for level in tl.static_range(LEVELS):
+    forward_query, forward_key, backward_query, backward_key = _first_sums(
+        gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
+        batch, head, tokens, keys, token_count, KEY_DIM, normalizer, FORWARD, BACKWARD, LOGITS,
+    )  # fmt: skip
+    # Per token, its part as a query less its part as a key, of the pairs in the chunk.
+    forward_flow = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    backward_flow = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    for level in range(LEVELS):
+        half = 1 << level
         query_decay, key_decay = _level_decays(
-            forward, forward_beyond, backward, backward_beyond, 1 << level, FORWARD, BACKWARD
+            forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
         )
         decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
-        pairs = tl.where(_level_pairs(CHUNK, 1 << level), score_gradient, 0.0).to(DOT)
+        pairs = tl.where(_level_pairs(CHUNK, half), score_gradient, 0.0).to(DOT)
         level_dq = tl.dot(pairs, decayed_key, input_precision=PRECISION)  # [C, K]
         level_dk = tl.dot(tl.trans(pairs), decayed_query, input_precision=PRECISION)  # [C, K]
         dq += level_dq * query_decay
         dk += level_dk * key_decay
         query_part = decayed_query.to(tl.float32) * level_dq
         key_part = decayed_key.to(tl.float32) * level_dk
-        second = (position // (1 << level) % 2 == 1)[:, None]
+        second = (position // half % 2 == 1)[:, None]
         forward_flow += tl.where(second, query_part, -key_part)
         backward_flow += tl.where(second, -key_part, query_part)
+        forward_query, forward_key, backward_query, backward_key = _merge_halves(
+            forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+        )
 
     inside = (tokens < token_count)[:, None] & (keys < KEY_DIM)[None, :]
+    for direction in tl.static_range(2):
+        if (direction == 0 and FORWARD) or (direction == 1 and BACKWARD):
+            log_decay_gradient = forward_flow if direction == 0 else backward_flow
+            through = tl.zeros([BLOCK_K], tl.float32)
+            from_keys = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+            if STATES:
+                edge = (position == (CHUNK - 1 if direction == 0 else 0))[:, None]
+                slot = direction if FORWARD else 0
+                state_dq = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+                state_dk = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+                for first_value in range(0, VALUE_DIM, BLOCK_V):
+                    values = first_value + tl.arange(0, BLOCK_V)
+                    state_inside = (keys < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+                    pointers = _state_pointers(
+                        states, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+                    )
+                    state = tl.load(pointers, mask=state_inside, other=0.0)  # [K, V], enters the chunk
+                    pointers = _state_pointers(
+                        state_gradients, slot, sequences, sequence, chunks, chunk, keys, values, KEY_DIM, VALUE_DIM
+                    )
+                    gradient = tl.load(pointers, mask=state_inside, other=0.0)  # [K, V], of the state that leaves
+                    through += tl.sum(state * gradient, 1)
+                    do = _load(
+                        output_gradient, output_gradient_strides, batch, head, tokens, values, token_count, VALUE_DIM
+                    ).to(DOT)
+                    state_dq = tl.dot(do, tl.trans(state.to(DOT)), state_dq, input_precision=PRECISION)
+                    v = _load(value, value_strides, batch, head, tokens, values, token_count, VALUE_DIM).to(DOT)
+                    state_dk = tl.dot(v, tl.trans(gradient.to(DOT)), state_dk, input_precision=PRECISION)
+                state_dq *= tl.exp(forward_query if direction == 0 else backward_query)
+                state_dk *= tl.exp(forward_key if direction == 0 else backward_key)
+                dq += state_dq
+                dk += state_dk
+                log_decay_gradient += q * state_dq
+                from_keys = k * state_dk
+                through *= tl.exp(tl.sum(tl.where(edge, forward_query if direction == 0 else backward_query, 0.0), 0))
+            log_decay_gradient = tl.cumsum(log_decay_gradient, 0, reverse=direction == 0)
+            log_decay_gradient += tl.cumsum(from_keys, 0, reverse=direction == 1) - from_keys + through[None, :]
+            if FORWARD and BACKWARD:
+                # Without an outer state there is nothing that the first token of a direction could decay.
+                first = tokens == 0 if direction == 0 else tokens == token_count - 1
+                log_decay_gradient = tl.where(first[:, None], 0.0, log_decay_gradient)
+            if direction == 0:
+                _store_gate_gradient(
+                    gate_forward_gradient, gate_forward_gradient_strides, gate_forward, gate_forward_strides,
+                    batch, head, tokens, keys, inside, log_decay_gradient, normalizer, LOGITS,
+                )  # fmt: skip
+            else:
+                _store_gate_gradient(
+                    gate_backward_gradient, gate_backward_gradient_strides, gate_backward, gate_backward_strides,
+                    batch, head, tokens, keys, inside, log_decay_gradient, normalizer, LOGITS,
+                )  # fmt: skip
+
     pointers = _pointers(query_gradient, query_gradient_strides, batch, head, tokens, keys)
     tl.store(pointers, (dq * scale).to(query_gradient.dtype.element_ty), mask=inside)
     pointers = _pointers(key_gradient, key_gradient_strides, batch, head, tokens, keys)
     tl.store(pointers, dk.to(key_gradient.dtype.element_ty), mask=inside)
-    if FORWARD:
-        forward_gradient += tl.cumsum(forward_flow, 0, reverse=True)
-        _store_gate_gradient(
-            gate_forward_gradient, gate_forward_gradient_strides, gate_forward, gate_forward_strides,
-            batch, head, tokens, keys, inside, forward_gradient, normalizer, LOGITS,
-        )  # fmt: skip
-    if BACKWARD:
-        backward_gradient += tl.cumsum(backward_flow, 0)
-        _store_gate_gradient(
-            gate_backward_gradient, gate_backward_gradient_strides, gate_backward, gate_backward_strides,
-            batch, head, tokens, keys, inside, backward_gradient, normalizer, LOGITS,
-        )  # fmt: skip
