@@ -122,7 +122,7 @@ def test_small_models(name, path, backend, dtype, tolerance, _):
 def test_small_model_gradients_in_eval_mode(name, backend, dtype, _, tolerance):
     tensors, info = read(name)
     model = small_model(tensors, info, dtype).eval()
-    images = tensors["input"].to(dtype).requires_grad_()
+    images = tensors["input"].to(dtype, copy=True).requires_grad_()
     with kernels.use_backend(backend):
         (model(images) * tensors["grad_output"].to(dtype)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()} | {"input": images.grad}
