@@ -110,17 +110,22 @@ template <typename M, typename F> void over_windows(const Map<M>& map, int64_t r
 
 }  // namespace
 
-// x [rows, width] -> out, strides[0] apart; weight has the arithmetic's type.
-extern "C" void rms_norm_forward(const Tensor* x, const void* weight, const Tensor* out, int64_t rows, int64_t width, double eps, int threads) {
-    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+// Pointers are to contiguous tensors; `memory` is the dtype code of x and its gradient, `other` that of the output and its
+// gradient; weights and their gradients have the arithmetic's type.
+
+// x [rows, width] -> out
+extern "C" void rms_norm_forward(
+    const void* x, const void* weight, void* out, int memory, int other, int64_t rows, int64_t width, double eps, int threads
+) {
+    with_types(memory, other, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
         const T* w = static_cast<const T*>(weight);
 #pragma omp parallel for num_threads(threads)
         for (int64_t i = 0; i < rows; i++) {
-            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
-            O* to = static_cast<O*>(out->data) + i * out->strides[0];
+            const M* row = static_cast<const M*>(x) + i * width;
+            O* to = static_cast<O*>(out) + i * width;
             const T r = inverse_rms<T>(row, width, T(eps));
             over_channels<T>(width, [&](int64_t c, int n) {
                 store_part(to + c, load_part<T>(row + c, n) * r * load_part<T>(w + c, n), n);
@@ -130,10 +135,10 @@ extern "C" void rms_norm_forward(const Tensor* x, const void* weight, const Tens
 }
 
 extern "C" void rms_norm_backward(
-    const Tensor* grad, const Tensor* x, const void* weight, const Tensor* grad_x, void* grad_weight, int64_t rows, int64_t width,
-    double eps, int threads
+    const void* grad, const void* x, const void* weight, void* grad_x, void* grad_weight, int memory, int other, int64_t rows,
+    int64_t width, double eps, int threads
 ) {
-    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+    with_types(memory, other, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
@@ -144,8 +149,8 @@ extern "C" void rms_norm_backward(
             T* weight_sum = partials.data() + omp_get_thread_num() * width;
             for (int64_t i = range.begin; i < range.end; i++)
                 rms_norm_row_backward<T>(
-                    static_cast<const M*>(x->data) + i * x->strides[0], static_cast<const O*>(grad->data) + i * grad->strides[0],
-                    static_cast<const T*>(weight), width, T(eps), static_cast<M*>(grad_x->data) + i * grad_x->strides[0], weight_sum
+                    static_cast<const M*>(x) + i * width, static_cast<const O*>(grad) + i * width, static_cast<const T*>(weight), width,
+                    T(eps), static_cast<M*>(grad_x) + i * width, weight_sum
                 );
         }
         add_partials(partials, width, static_cast<T*>(grad_weight));
@@ -153,15 +158,14 @@ extern "C" void rms_norm_backward(
 }
 
 // x [rows, 2 width] -> out [rows, width]: silu(first half) * second half.
-extern "C" void swiglu_forward(const Tensor* x, const Tensor* out, int64_t rows, int64_t width, int threads) {
-    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+extern "C" void swiglu_forward(const void* x, void* out, int memory, int64_t rows, int64_t width, int threads) {
+    with_types(memory, memory, [&](auto t, auto m, auto) {
         using T = decltype(t);
         using M = decltype(m);
-        using O = decltype(o);
 #pragma omp parallel for num_threads(threads)
         for (int64_t i = 0; i < rows; i++) {
-            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
-            O* to = static_cast<O*>(out->data) + i * out->strides[0];
+            const M* row = static_cast<const M*>(x) + i * 2 * width;
+            M* to = static_cast<M*>(out) + i * width;
             over_channels<T>(width, [&](int64_t c, int n) {
                 store_part(to + c, silu<T>(load_part<T>(row + c, n)) * load_part<T>(row + width + c, n), n);
             });
@@ -169,16 +173,15 @@ extern "C" void swiglu_forward(const Tensor* x, const Tensor* out, int64_t rows,
     });
 }
 
-extern "C" void swiglu_backward(const Tensor* grad, const Tensor* x, const Tensor* grad_x, int64_t rows, int64_t width, int threads) {
-    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+extern "C" void swiglu_backward(const void* grad, const void* x, void* grad_x, int memory, int64_t rows, int64_t width, int threads) {
+    with_types(memory, memory, [&](auto t, auto m, auto) {
         using T = decltype(t);
         using M = decltype(m);
-        using O = decltype(o);
 #pragma omp parallel for num_threads(threads)
         for (int64_t i = 0; i < rows; i++) {
-            const M* row = static_cast<const M*>(x->data) + i * x->strides[0];
-            const O* dy = static_cast<const O*>(grad->data) + i * grad->strides[0];
-            M* to = static_cast<M*>(grad_x->data) + i * grad_x->strides[0];
+            const M* row = static_cast<const M*>(x) + i * 2 * width;
+            const M* dy = static_cast<const M*>(grad) + i * width;
+            M* to = static_cast<M*>(grad_x) + i * 2 * width;
             over_channels<T>(width, [&](int64_t c, int n) {
                 const Vector<T> a = load_part<T>(row + c, n), b = load_part<T>(row + width + c, n), g = load_part<T>(dy + c, n);
                 store_part(to + c, g * b * silu_slope<T>(a), n);
@@ -188,19 +191,20 @@ extern "C" void swiglu_backward(const Tensor* grad, const Tensor* x, const Tenso
     });
 }
 
-// Contiguous maps [batch, height, width, channels]; weight [9][channels] in the arithmetic's type.
+// Maps [batch, height, width, channels]; weight [9][channels].
 extern "C" void depthwise_convolution_forward(
-    const Tensor* x, const void* weight, const Tensor* out, const int64_t* sizes, int activate, int threads
+    const void* x, const void* weight, void* out, int memory, int other, int64_t batch, int64_t height, int64_t width, int64_t channels,
+    int activate, int threads
 ) {
-    const int64_t batch = sizes[0], height = sizes[1], width = sizes[2], channels = sizes[3], image = height * width * channels;
-    with_types(x->dtype, out->dtype, [&](auto t, auto m, auto o) {
+    const int64_t image = height * width * channels;
+    with_types(memory, other, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
 #pragma omp parallel for num_threads(threads)
         for (int64_t i = 0; i < batch * height; i++) {
-            const Map<M> map{static_cast<const M*>(x->data) + i / height * image, height, width, channels};
-            O* to = static_cast<O*>(out->data) + i * width * channels;
+            const Map<M> map{static_cast<const M*>(x) + i / height * image, height, width, channels};
+            O* to = static_cast<O*>(out) + i * width * channels;
             over_windows(map, i % height, [&](int64_t column, const M* const* window) {
                 over_channels<T>(channels, [&](int64_t c, int n) {
                     const Vector<T> sum = window_sum<T>(window, static_cast<const T*>(weight), channels, c, n);
@@ -213,11 +217,11 @@ extern "C" void depthwise_convolution_forward(
 
 // `slopes` is room for [batch, height, width, channels] of the arithmetic's type, used where there is an activation.
 extern "C" void depthwise_convolution_backward(
-    const Tensor* grad, const Tensor* x, const void* weight, const Tensor* grad_x, void* grad_weight, void* slopes,
-    const int64_t* sizes, int activate, int threads
+    const void* grad, const void* x, const void* weight, void* grad_x, void* grad_weight, void* slopes, int memory, int other,
+    int64_t batch, int64_t height, int64_t width, int64_t channels, int activate, int threads
 ) {
-    const int64_t batch = sizes[0], height = sizes[1], width = sizes[2], channels = sizes[3], image = height * width * channels;
-    with_types(x->dtype, grad->dtype, [&](auto t, auto m, auto o) {
+    const int64_t image = height * width * channels;
+    with_types(memory, other, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
@@ -228,8 +232,8 @@ extern "C" void depthwise_convolution_backward(
         if (activate) {
 #pragma omp parallel for num_threads(threads)
             for (int64_t i = 0; i < batch * height; i++) {
-                const Map<M> map{static_cast<const M*>(x->data) + i / height * image, height, width, channels};
-                const O* dy = static_cast<const O*>(grad->data) + i * width * channels;
+                const Map<M> map{static_cast<const M*>(x) + i / height * image, height, width, channels};
+                const O* dy = static_cast<const O*>(grad) + i * width * channels;
                 T* to = static_cast<T*>(slopes) + i * width * channels;
                 over_windows(map, i % height, [&](int64_t column, const M* const* window) {
                     over_channels<T>(channels, [&](int64_t c, int n) {
@@ -248,8 +252,8 @@ extern "C" void depthwise_convolution_backward(
                 T* weight_sum = partials.data() + omp_get_thread_num() * 9 * channels;
                 for (int64_t i = range.begin; i < range.end; i++) {
                     const Map<G> map{before + i / height * image, height, width, channels};
-                    const M* pixels = static_cast<const M*>(x->data) + i * width * channels;
-                    M* to = static_cast<M*>(grad_x->data) + i * width * channels;
+                    const M* pixels = static_cast<const M*>(x) + i * width * channels;
+                    M* to = static_cast<M*>(grad_x) + i * width * channels;
                     over_windows(map, i % height, [&](int64_t column, const G* const* window) {
                         over_channels<T>(channels, [&](int64_t c, int n) {
                             const int64_t at = column * channels + c;
@@ -269,35 +273,37 @@ extern "C" void depthwise_convolution_backward(
         if (activate)
             gradients(static_cast<const T*>(slopes));
         else
-            gradients(static_cast<const O*>(grad->data));
+            gradients(static_cast<const O*>(grad));
         add_partials(partials, 9 * channels, static_cast<T*>(grad_weight));
     });
 }
 
 namespace {
 
-// Rows of the mix are the heads of the tokens: [batch, tokens, heads, width].
-template <typename M> M* head_row(const Tensor* tensor, const int64_t* sizes, int64_t i) {
-    const int64_t head = i % sizes[2], token = i / sizes[2] % sizes[1], batch = i / (sizes[2] * sizes[1]);
-    return static_cast<M*>(tensor->data) + batch * tensor->strides[0] + token * tensor->strides[1] + head * tensor->strides[2];
-}
+// Rows of the mix are the heads of the tokens: [tokens, heads, width], the gate logits' tokens `token_stride` apart.
+struct Heads {
+    int64_t heads, width, token_stride;
+
+    int64_t gate_row(int64_t i) const { return i / heads * token_stride + i % heads * width; }
+};
 
 }  // namespace
 
 // y = act(G rms_norm(scan) + (1 - G) rms_norm(local)), G = sigmoid(gate)
 extern "C" void gated_norm_mix_forward(
-    const Tensor* scan, const Tensor* local, const Tensor* gate, const void* scan_weight, const void* local_weight, const Tensor* out,
-    const int64_t* sizes, double eps, int activate, int threads
+    const void* scan, const void* local, const void* gate, const void* scan_weight, const void* local_weight, void* out, int memory,
+    int64_t tokens, int64_t heads, int64_t width, int64_t token_stride, double eps, int activate, int threads
 ) {
-    const int64_t rows = sizes[0] * sizes[1] * sizes[2], width = sizes[3];
-    with_types(scan->dtype, scan->dtype, [&](auto t, auto m, auto) {
+    const Heads layout{heads, width, token_stride};
+    with_types(memory, memory, [&](auto t, auto m, auto) {
         using T = decltype(t);
         using M = decltype(m);
         const T *ws = static_cast<const T*>(scan_weight), *wl = static_cast<const T*>(local_weight);
 #pragma omp parallel for num_threads(threads)
-        for (int64_t i = 0; i < rows; i++) {
-            const M *s = head_row<M>(scan, sizes, i), *l = head_row<M>(local, sizes, i), *g = head_row<M>(gate, sizes, i);
-            M* to = head_row<M>(out, sizes, i);
+        for (int64_t i = 0; i < tokens * heads; i++) {
+            const M *s = static_cast<const M*>(scan) + i * width, *l = static_cast<const M*>(local) + i * width;
+            const M* g = static_cast<const M*>(gate) + layout.gate_row(i);
+            M* to = static_cast<M*>(out) + i * width;
             const T rs = inverse_rms<T>(s, width, T(eps)), rl = inverse_rms<T>(l, width, T(eps));
             over_channels<T>(width, [&](int64_t c, int n) {
                 const Vector<T> a = load_part<T>(s + c, n) * rs * load_part<T>(ws + c, n);
@@ -310,25 +316,25 @@ extern "C" void gated_norm_mix_forward(
 }
 
 extern "C" void gated_norm_mix_backward(
-    const Tensor* grad, const Tensor* scan, const Tensor* local, const Tensor* gate, const void* scan_weight, const void* local_weight,
-    const Tensor* grad_scan, const Tensor* grad_local, const Tensor* grad_gate, void* grad_scan_weight, void* grad_local_weight,
-    const int64_t* sizes, double eps, int activate, int threads
+    const void* grad, const void* scan, const void* local, const void* gate, const void* scan_weight, const void* local_weight,
+    void* grad_scan, void* grad_local, void* grad_gate, void* grad_scan_weight, void* grad_local_weight, int memory, int64_t tokens,
+    int64_t heads, int64_t width, int64_t token_stride, double eps, int activate, int threads
 ) {
-    const int64_t rows = sizes[0] * sizes[1] * sizes[2], width = sizes[3];
-    with_types(scan->dtype, scan->dtype, [&](auto t, auto m, auto) {
+    const Heads layout{heads, width, token_stride};
+    with_types(memory, memory, [&](auto t, auto m, auto) {
         using T = decltype(t);
         using M = decltype(m);
         const T *ws = static_cast<const T*>(scan_weight), *wl = static_cast<const T*>(local_weight);
         std::vector<T> scan_partials(threads * width), local_partials(threads * width), branches(threads * 2 * width);
 #pragma omp parallel num_threads(threads)
         {
-            const Range range = share(rows);
+            const Range range = share(tokens * heads);
             const int64_t own = omp_get_thread_num() * width;
             T *scan_branch = branches.data() + 2 * own, *local_branch = scan_branch + width;  // gradients of the normed branches
             for (int64_t i = range.begin; i < range.end; i++) {
-                const M *s = head_row<M>(scan, sizes, i), *l = head_row<M>(local, sizes, i), *g = head_row<M>(gate, sizes, i);
-                const M* dy = head_row<M>(grad, sizes, i);
-                M* dg = head_row<M>(grad_gate, sizes, i);
+                const int64_t row = i * width;
+                const M *s = static_cast<const M*>(scan) + row, *l = static_cast<const M*>(local) + row;
+                const M *g = static_cast<const M*>(gate) + layout.gate_row(i), *dy = static_cast<const M*>(grad) + row;
                 const T rs = inverse_rms<T>(s, width, T(eps)), rl = inverse_rms<T>(l, width, T(eps));
                 over_channels<T>(width, [&](int64_t c, int n) {
                     const Vector<T> a = load_part<T>(s + c, n) * rs * load_part<T>(ws + c, n);
@@ -336,12 +342,13 @@ extern "C" void gated_norm_mix_backward(
                     const Vector<T> G = sigmoid<T>(load_part<T>(g + c, n));
                     Vector<T> d = load_part<T>(dy + c, n);
                     if (activate) d *= silu_slope<T>(b + G * (a - b));
-                    store_part(dg + c, d * (a - b) * G * (1 - G), n);
+                    store_part(static_cast<M*>(grad_gate) + row + c, d * (a - b) * G * (1 - G), n);
                     store_part(scan_branch + c, d * G, n);
                     store_part(local_branch + c, d * (1 - G), n);
                 });
-                rms_norm_row_backward<T>(s, scan_branch, ws, width, T(eps), head_row<M>(grad_scan, sizes, i), scan_partials.data() + own);
-                rms_norm_row_backward<T>(l, local_branch, wl, width, T(eps), head_row<M>(grad_local, sizes, i), local_partials.data() + own);
+                M *ds = static_cast<M*>(grad_scan) + row, *dl = static_cast<M*>(grad_local) + row;
+                rms_norm_row_backward<T>(s, scan_branch, ws, width, T(eps), ds, scan_partials.data() + own);
+                rms_norm_row_backward<T>(l, local_branch, wl, width, T(eps), dl, local_partials.data() + own);
             }
         }
         add_partials(scan_partials, width, static_cast<T*>(grad_scan_weight));

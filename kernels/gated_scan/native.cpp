@@ -219,25 +219,37 @@ template <typename T> struct Runs {
     T* carry;       // [Kp]
     int64_t width;  // Kp
 
+    // `step` [tokens][Kp] are the decays on entering each token. Products only shrink, so the last one tells whether one
+    // run will do; where it will not, every token is looked at.
     void divide(int64_t tokens, const T* step) {
-        constexpr T SMALLEST = T(9.0949470177292824e-13);  // 2^-40
-        count = 0;
         const T* previous = carry;
-        for (int64_t t = 0; t < tokens; t++, step += width) {
-            T* p = decay + t * width;
-            bool fresh = t == 0;
-            for (int64_t c = 0; !fresh && c < width; c += LANES<T>)
-                fresh = any<T>(load(previous + c) * load(step + c) < SMALLEST);
-            T* target = fresh ? entry + count * width : p;
-            for (int64_t c = 0; c < width; c += LANES<T>) store(target + c, load(previous + c) * load(step + c));
-            if (fresh) {
-                start[count++] = t;
-                for (int64_t c = 0; c < width; c += LANES<T>) store(p + c, broadcast(T(1)));
+        for (const bool each : {false, true}) {
+            count = 0;
+            previous = carry;
+            for (int64_t t = 0; t < tokens; t++) {
+                const T* now = step + t * width;
+                T* p = decay + t * width;
+                const bool fresh = t == 0 || (each && too_small(previous, now));
+                T* product = fresh ? entry + count * width : p;
+                for (int64_t c = 0; c < width; c += LANES<T>) store(product + c, load(previous + c) * load(now + c));
+                if (fresh) {
+                    start[count++] = t;
+                    std::fill(p, p + width, T(1));
+                }
+                previous = p;
             }
-            previous = p;
+            if (!too_small(previous, nullptr)) break;
         }
         start[count] = tokens;
-        for (int64_t c = 0; c < width; c += LANES<T>) store(carry + c, load(previous + c));
+        std::copy(previous, previous + width, carry);
+    }
+
+  private:
+    bool too_small(const T* product, const T* factor) const {
+        constexpr T SMALLEST = T(9.0949470177292824e-13);  // 2^-40
+        for (int64_t c = 0; c < width; c += LANES<T>)
+            if (any<T>((factor ? load(product + c) * load(factor + c) : load(product + c)) < SMALLEST)) return true;
+        return false;
     }
 };
 

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace simd {
 
 #if defined(__AVX512F__)
@@ -116,10 +120,17 @@ template <typename T> INLINE bool any(Mask<T> mask) {
     return found;
 }
 
+// Sum of the lanes, in halves: a chain of additions lane by lane would take longer than a row's arithmetic.
 template <typename T> INLINE T sum(Vector<T> v) {
-    T total = 0;
-    for (int i = 0; i < LANES<T>; i++) total += v[i];
-    return total;
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps((__m512)v);
+    if constexpr (std::is_same_v<T, double>) return _mm512_reduce_add_pd((__m512d)v);
+#endif
+    T lanes[LANES<T>];
+    store(lanes, v);
+    for (int half = LANES<T> / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 // exp, to about one unit in the last place in float; 0 below -87, so never a denormal; NaN stays NaN.
