@@ -172,6 +172,9 @@ class GatedLinearAttention(nn.Module):
         )
         return self.o_proj(mixed.flatten(2)).reshape(x.shape)
 
+    def __prepare_scriptable__(self):
+        raise NotImplementedError("TorchScript cannot hold the gated scan; use torch.export or torch.compile instead")
+
     @torch.no_grad()
     def fuse(self) -> None:
         """Compute queries, keys, values, the gates' first factor and the mix logits in one matrix product.

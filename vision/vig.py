@@ -169,23 +169,18 @@ class ViG(nn.Module):
             if isinstance(module, GatedLinearAttention):
                 module.reset_projections()
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `num_classes` 0 removes it, `global_pool` "" removes the pooling."""
         dd = get_device_dtype(self)
@@ -196,7 +191,6 @@ class ViG(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
-    @torch.jit.ignore
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
@@ -219,7 +213,6 @@ class ViG(nn.Module):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
             self.grid_size = grid
 
-    @torch.jit.ignore
     def fuse(self) -> "ViG":
         """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_mixers`."""
         return fuse_mixers(self)
@@ -260,7 +253,7 @@ class ViG(nn.Module):
         x = self.embed(x)
         intermediates = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in wanted:
                 taken = self.norm(x) if norm else x
                 intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
@@ -281,7 +274,7 @@ class ViG(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> normed map (B, H', W', C)."""
         x = self.embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)

@@ -169,11 +169,9 @@ class HierarchicalViG(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         fine = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
@@ -182,15 +180,12 @@ class HierarchicalViG(nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), fine[-1]] if coarse else fine}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.classifier["head"]
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `num_classes` 0 removes it, `global_pool` "" removes the pooling."""
         dd = get_device_dtype(self)
@@ -202,7 +197,6 @@ class HierarchicalViG(nn.Module):
         head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.classifier["head"] = head
 
-    @torch.jit.ignore
     def fuse(self) -> "HierarchicalViG":
         """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_mixers`."""
         return fuse_mixers(self)
@@ -217,7 +211,7 @@ class HierarchicalViG(nn.Module):
         return self.patch_embed(images.permute(0, 2, 3, 1).contiguous())
 
     def run_blocks(self, stage: Stage, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint_seq(stage.blocks, x)
         return stage.blocks(x)
 

@@ -1,0 +1,36 @@
+"""The counter reproduces known counts: GMACs at 224 of torch's counter on the official code, plus the scan's formula."""
+
+import pytest
+import timm
+from torch import nn
+
+import vision  # noqa: F401  registers the models
+from vision.flops import count_macs
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "total"),
+    [
+        ("vig_tiny_patch16_224", 1.110, 1.197),
+        ("vig_small_patch16_224", 4.366, 4.539),
+        ("vig_base_patch16_224", 17.315, 17.662),
+        ("vig_h_tiny", 4.408, 4.538),
+        ("vig_h_small", 8.607, 8.823),
+        ("vig_h_base", 15.364, 15.653),
+    ],
+)
+def test_published_sizes(name, dense, total):
+    macs = count_macs(timm.create_model(name, device="meta"), (3, 224, 224))
+    assert macs.dense / 1e9 == pytest.approx(dense, abs=6e-4)
+    assert macs.total / 1e9 == pytest.approx(total, abs=6e-4)
+
+
+@pytest.mark.parametrize(("side", "total"), [(512, 6.25)])
+def test_cost_is_linear_in_pixels(side, total):
+    macs = count_macs(timm.create_model("vig_tiny_patch16_224", device="meta"), (3, side, side))
+    assert macs.total / 1e9 == pytest.approx(total, rel=2e-3)
+
+
+def test_model_without_scan():
+    macs = count_macs(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten(), nn.Linear(16, 5)), (3, 2, 2))
+    assert (macs.dense, macs.scan) == (3 * 4 * 4 + 16 * 5, 0)
