@@ -79,7 +79,6 @@ _resized_positions = WeakTensorKeyDictionary()
 _GRIDS_KEPT = 16
 
 
-@torch.fx.wrap
 @register_notrace_function
 def position_for_grid(position: Tensor, native_grid: tuple[int, int], height: int, width: int) -> Tensor:
     """Return `position` (1, N, C) as (1, height, width, C), resampled if the grid is not the native one.

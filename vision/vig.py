@@ -41,6 +41,8 @@ from vision.vig_checkpoints import (
     published_file,
 )
 
+torch.fx.wrap("position_for_grid")  # a single node: it looks at shapes, which a symbolic trace does not have
+
 __all__ = ["ViG", "checkpoint_filter_fn"]
 
 POOLINGS = ("", "avg", "max", "avgmax", "catavgmax")
@@ -274,10 +276,7 @@ class ViG(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> normed map (B, H', W', C)."""
         x = self.embed(x)
-        if self.grad_checkpointing:
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

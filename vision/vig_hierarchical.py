@@ -30,6 +30,8 @@ from vision.patch_embedding import check_images
 from vision.vig import check_output_format, check_pooling, create_vig, vig_cfg
 from vision.vig_checkpoints import published_file
 
+torch.fx.wrap("check_images")  # a single node: it looks at shapes, which a symbolic trace does not have
+
 __all__ = ["HierarchicalViG"]
 
 
