@@ -29,6 +29,7 @@ bytes T (4K + 2V) s for the tensors and 16 K V T / C for the states (written, ca
 (T = 4096, 3 heads, K = 32, V = 64, bfloat16) moves 12.6 MB: 4.2 us at 3.0 TB/s, so launches decide until far above it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,40 +44,56 @@ from kernels.gated_scan.triton_kernels import (
     chunk_updates_kernel,
 )
 
-MAX_CHUNK = 64
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch configuration of one kernel; a smaller dimension takes a smaller tile."""
+
+    key: int
+    value: int
+    warps: int
+
+    def options(self, key_dim: int, value_dim: int) -> dict[str, int]:
+        tiles = {"BLOCK_K": _tile(key_dim, self.key), "BLOCK_V": _tile(value_dim, self.value)}
+        return {**tiles, "num_warps": self.warps, "num_stages": 1}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tokens of a chunk (a power of two) and the kernels' tiles: the largest that spill no register on sm_80 and later
+    and on gfx942, as tests/kernels/test_triton_compilation.py checks."""
+
+    chunk: int
+    updates: Tiles
+    outputs: Tiles
+    gradients: Tiles
+
+
+# By the width of the products' operands. Operands of three TF32 products take twice the registers of a float32 tile.
+NARROW = Configuration(chunk=64, updates=Tiles(32, 64, 4), outputs=Tiles(32, 64, 8), gradients=Tiles(16, 64, 8))
+WIDE = Configuration(chunk=32, updates=Tiles(32, 64, 4), outputs=Tiles(32, 64, 4), gradients=Tiles(16, 16, 8))
+CARRY_BLOCK = 512  # state elements of one program of `carry_states_kernel`
 INTERPRETED = not isinstance(chunk_outputs_kernel, triton.JITFunction)
 
 
-def dot_operands(*dtypes: torch.dtype) -> tuple[tl.dtype, str]:
+def _tile(size: int, largest: int) -> int:
+    """A power of two, at least the 16 that tensor cores ask for."""
+    return min(largest, max(16, triton.next_power_of_2(size)))
+
+
+def _dot_operands(*dtypes: torch.dtype) -> tuple[tl.dtype, str]:
     """The type in which matrix products take their operands, and their `input_precision`, for inputs of `dtypes`."""
     if INTERPRETED:  # its products of bfloat16 are wrong: it keeps them as integers
         return tl.float32, "ieee"
-    if all(dtype == torch.bfloat16 for dtype in dtypes):
+    if _are_narrow(*dtypes):
         return tl.bfloat16, "ieee"
     if triton.runtime.driver.active.get_current_target().backend == "hip":
         return tl.float32, "ieee"
     return tl.float32, "tf32x3" if torch.float32 in dtypes else "tf32"
 
 
-def _block(size: int, largest: int) -> int:
-    """A tile of a dimension: a power of two, at least the 16 that tensor cores ask for."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
-
-
-def updates_config(key_dim: int, value_dim: int) -> dict[str, int]:
-    return {"BLOCK_K": _block(key_dim, 64), "BLOCK_V": _block(value_dim, 64), "num_warps": 4, "num_stages": 1}
-
-
-def carry_config(key_dim: int, value_dim: int) -> dict[str, int]:
-    return {"BLOCK": min(512, triton.next_power_of_2(key_dim * value_dim)), "num_warps": 4, "num_stages": 1}
-
-
-def outputs_config(key_dim: int, value_dim: int) -> dict[str, int]:
-    return {"BLOCK_K": _block(key_dim, 32), "BLOCK_V": _block(value_dim, 64), "num_warps": 8, "num_stages": 1}
-
-
-def gradients_config(key_dim: int, value_dim: int) -> dict[str, int]:
-    return {"BLOCK_K": _block(key_dim, 32), "BLOCK_V": _block(value_dim, 64), "num_warps": 8, "num_stages": 1}
+def _are_narrow(*dtypes: torch.dtype) -> bool:
+    return all(dtype == torch.bfloat16 for dtype in dtypes)
 
 
 def bidirectional_forward(
@@ -180,11 +197,13 @@ class _Scan:
         self.batch, self.tokens, self.heads, self.key_dim = query.shape
         self.value_dim = value.shape[3]
         self.sequences = self.batch * self.heads
-        self.chunk = min(MAX_CHUNK, max(16, triton.next_power_of_2(self.tokens)))
+        dtypes = (query.dtype, key.dtype, value.dtype)
+        self.configuration = NARROW if _are_narrow(*dtypes) else WIDE
+        self.chunk = _tile(self.tokens, self.configuration.chunk)
         self.chunks = triton.cdiv(self.tokens, self.chunk)
         self.directions = (gate_forward is not None) + (gate_backward is not None)
         self.empty = 0 in (*query.shape, *value.shape)
-        dot, precision = dot_operands(query.dtype, key.dtype, value.dtype)
+        dot, precision = _dot_operands(*dtypes)
         self.switches = {
             "FORWARD": gate_forward is not None,
             "BACKWARD": gate_backward is not None,
@@ -213,8 +232,8 @@ class _Scan:
         decays = states.new_empty(states_shape[:-1])
         # In both directions at once there are no outer states.
         last = states.new_empty(outer_shape) if self.directions == 1 else None
-        config = updates_config(self.key_dim, self.value_dim)
-        tiles = triton.cdiv(self.key_dim, config["BLOCK_K"]) * triton.cdiv(self.value_dim, config["BLOCK_V"])
+        options = self.configuration.updates.options(self.key_dim, self.value_dim)
+        tiles = triton.cdiv(self.key_dim, options["BLOCK_K"]) * triton.cdiv(self.value_dim, options["BLOCK_V"])
         self._launch(
             chunk_updates_kernel,
             self.chunks * tiles * self.sequences,
@@ -222,11 +241,10 @@ class _Scan:
             states,
             decays,
             *self._sizes(scale),
-            **self._constants(config),
+            **self._constants(options),
             QUERIES=gradient,
         )
-        config = carry_config(self.key_dim, self.value_dim)
-        blocks = triton.cdiv(self.key_dim * self.value_dim, config["BLOCK"])
+        blocks = triton.cdiv(self.key_dim * self.value_dim, CARRY_BLOCK)
         self._launch(
             carry_states_kernel,
             self.directions * self.sequences * blocks,
@@ -237,7 +255,8 @@ class _Scan:
             GRADIENT=gradient,
             HAS_INITIAL=first is not None,
             HAS_FINAL=last is not None,
-            **config,
+            BLOCK=CARRY_BLOCK,
+            num_warps=4,
         )
         return states, last
 
@@ -253,15 +272,14 @@ class _Scan:
         output = self.value.new_empty(self.value.shape)
         if self.empty:
             return output.zero_()
-        config = outputs_config(self.key_dim, self.value_dim)
+        options = self.configuration.outputs.options(self.key_dim, self.value_dim)
         self._launch(
             chunk_outputs_kernel,
-            self.chunks * triton.cdiv(self.value_dim, config["BLOCK_V"]) * self.sequences,
+            self.chunks * triton.cdiv(self.value_dim, options["BLOCK_V"]) * self.sequences,
             *_with_strides(self.query, self.key, value_side, self.gate_forward, self.gate_backward),
-            states,
-            *_with_strides(output),
+            *(states, output),
             *self._sizes(self.scale),
-            **self._constants(config),
+            **self._constants(options),
             LEVELS=self.chunk.bit_length() - 1,
             STATES=states is not None,
             TRANSPOSED=transposed,
@@ -276,15 +294,14 @@ class _Scan:
         gradients = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs]
         if self.empty:
             return [None if gradient is None else gradient.zero_() for gradient in gradients]
-        config = gradients_config(self.key_dim, self.value_dim)
+        options = self.configuration.gradients.options(self.key_dim, self.value_dim)
         self._launch(
             chunk_gradients_kernel,
-            self.chunks * triton.cdiv(self.key_dim, config["BLOCK_K"]) * self.sequences,
+            self.chunks * triton.cdiv(self.key_dim, options["BLOCK_K"]) * self.sequences,
             *_with_strides(self.query, self.key, self.value, self.gate_forward, self.gate_backward, grad_output),
-            *(states, state_gradients),
-            *_with_strides(*gradients),
+            *(states, state_gradients, *gradients),
             *self._sizes(self.scale),
-            **self._constants(config),
+            **self._constants(options),
             LEVELS=self.chunk.bit_length() - 1,
             STATES=states is not None,
         )
@@ -293,8 +310,8 @@ class _Scan:
     def _sizes(self, scale: float) -> tuple[Any, ...]:
         return self.tokens, self.chunks, self.sequences, self.heads, scale, self.normalizer
 
-    def _constants(self, config: dict[str, int]) -> dict[str, Any]:
-        return {"KEY_DIM": self.key_dim, "VALUE_DIM": self.value_dim, "CHUNK": self.chunk, **self.switches, **config}
+    def _constants(self, options: dict[str, int]) -> dict[str, Any]:
+        return {"KEY_DIM": self.key_dim, "VALUE_DIM": self.value_dim, "CHUNK": self.chunk, **self.switches, **options}
 
     def _launch(self, kernel: triton.JITFunction, programs: int, *arguments: Any, **constants: Any) -> None:
         with torch.cuda.device_of(self.query):

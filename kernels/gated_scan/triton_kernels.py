@@ -31,15 +31,20 @@ def _pointers(tensor, strides, batch, head, tokens, dims):
 
 
 @triton.jit
+def _contiguous_offsets(batch, head, tokens, dims, token_count, heads, dim_count):
+    """Offsets [tokens, dims] in one head of a contiguous (B, N, H, D) tensor."""
+    rows = ((batch * token_count + tokens) * heads + head) * dim_count
+    return rows[:, None] + dims[None, :]
+
+
+@triton.jit
 def _load(tensor, strides, batch, head, tokens, dims, token_count, dim_count):
     inside = (tokens < token_count)[:, None] & (dims < dim_count)[None, :]
     return tl.load(_pointers(tensor, strides, batch, head, tokens, dims), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _log_decays(
-    gate, strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS: tl.constexpr
-):
+def _log_decays(gate, strides, batch, head, tokens, keep, dims, dim_count, normalizer, LOGITS: tl.constexpr):
     """Log decays [tokens, dims] in float32, 0 where `keep` is false."""
     inside = keep[:, None] & (dims < dim_count)[None, :]
     pointers = _pointers(gate, strides, batch, head, tokens, dims)
@@ -224,7 +229,7 @@ def carry_states_kernel(
 def chunk_outputs_kernel(
     query, query_strides, key, key_strides, value_side, value_side_strides,
     gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
-    states, output, output_strides,
+    states, output,
     token_count, chunks, sequences, heads, scale, normalizer,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -285,22 +290,9 @@ def chunk_outputs_kernel(
     scores = tl.where(position[:, None] == position[None, :], directions * current[:, None], scores)
     y = _load(value_side, value_side_strides, batch, head, tokens, values, token_count, VALUE_DIM)  # [C, V]
     result = tl.dot(scores.to(DOT), y.to(DOT), result, input_precision=PRECISION)
-    pointers = _pointers(output, output_strides, batch, head, tokens, values)
+    offsets = _contiguous_offsets(batch, head, tokens, values, token_count, heads, VALUE_DIM)
     inside = (tokens < token_count)[:, None] & (values < VALUE_DIM)[None, :]
-    tl.store(pointers, result.to(output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_gate_gradient(
-    gradient, strides, gate, gate_strides, batch, head, tokens, keys, inside, log_decay_gradient, normalizer,
-    LOGITS: tl.constexpr,
-):  # fmt: skip
-    if LOGITS:
-        pointers = _pointers(gate, gate_strides, batch, head, tokens, keys)
-        logits = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        log_decay_gradient *= tl.sigmoid(-logits) / normalizer
-    pointers = _pointers(gradient, strides, batch, head, tokens, keys)
-    tl.store(pointers, log_decay_gradient.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(output + offsets, result.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -308,8 +300,7 @@ def chunk_gradients_kernel(
     query, query_strides, key, key_strides, value, value_strides,
     gate_forward, gate_forward_strides, gate_backward, gate_backward_strides,
     output_gradient, output_gradient_strides, states, state_gradients,
-    query_gradient, query_gradient_strides, key_gradient, key_gradient_strides,
-    gate_forward_gradient, gate_forward_gradient_strides, gate_backward_gradient, gate_backward_gradient_strides,
+    query_gradient, key_gradient, gate_forward_gradient, gate_backward_gradient,
     token_count, chunks, sequences, heads, scale, normalizer,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -368,6 +359,7 @@ def chunk_gradients_kernel(
         )
 
     inside = (tokens < token_count)[:, None] & (keys < KEY_DIM)[None, :]
+    offsets = _contiguous_offsets(batch, head, tokens, keys, token_count, heads, KEY_DIM)
     for direction in tl.static_range(2):
         if (direction == 0 and FORWARD) or (direction == 1 and BACKWARD):
             log_decay_gradient = forward_flow if direction == 0 else backward_flow
@@ -409,18 +401,13 @@ def chunk_gradients_kernel(
                 # Without an outer state there is nothing that the first token of a direction could decay.
                 first = tokens == 0 if direction == 0 else tokens == token_count - 1
                 log_decay_gradient = tl.where(first[:, None], 0.0, log_decay_gradient)
-            if direction == 0:
-                _store_gate_gradient(
-                    gate_forward_gradient, gate_forward_gradient_strides, gate_forward, gate_forward_strides,
-                    batch, head, tokens, keys, inside, log_decay_gradient, normalizer, LOGITS,
-                )  # fmt: skip
-            else:
-                _store_gate_gradient(
-                    gate_backward_gradient, gate_backward_gradient_strides, gate_backward, gate_backward_strides,
-                    batch, head, tokens, keys, inside, log_decay_gradient, normalizer, LOGITS,
-                )  # fmt: skip
+            if LOGITS:
+                gate = gate_forward if direction == 0 else gate_backward
+                strides = gate_forward_strides if direction == 0 else gate_backward_strides
+                logits = _load(gate, strides, batch, head, tokens, keys, token_count, KEY_DIM)
+                log_decay_gradient *= tl.sigmoid(-logits) / normalizer
+            gate_gradient = gate_forward_gradient if direction == 0 else gate_backward_gradient
+            tl.store(gate_gradient + offsets, log_decay_gradient.to(gate_gradient.dtype.element_ty), mask=inside)
 
-    pointers = _pointers(query_gradient, query_gradient_strides, batch, head, tokens, keys)
-    tl.store(pointers, (dq * scale).to(query_gradient.dtype.element_ty), mask=inside)
-    pointers = _pointers(key_gradient, key_gradient_strides, batch, head, tokens, keys)
-    tl.store(pointers, dk.to(key_gradient.dtype.element_ty), mask=inside)
+    tl.store(query_gradient + offsets, (dq * scale).to(query_gradient.dtype.element_ty), mask=inside)
+    tl.store(key_gradient + offsets, dk.to(key_gradient.dtype.element_ty), mask=inside)
