@@ -8,7 +8,6 @@ A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, Ten
 and what `vision.reports.RunReport` adds. `fit --ckpt_path last` resumes the experiment's newest run.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,10 @@ class TrainingCommandLine(LightningCLI):
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning's own version warns of arguments given from Python, which is how `python -m vision` gives them.
+        self.config = parser.parse_args(args)
+
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         files = settings.get("config") or []
@@ -83,5 +86,4 @@ class TrainingCommandLine(LightningCLI):
 
 
 def main(arguments: list[str]) -> None:
-    # Lightning warns of arguments given from Python when the process has a command line too.
-    TrainingCommandLine(None if arguments == sys.argv[1:] else arguments)
+    TrainingCommandLine(arguments)
