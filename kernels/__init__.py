@@ -1,7 +1,8 @@
 """The suite's kernels: mathematics that knows no model.
 
 Importing this package is cheap and cannot fail: the operations are imported on first use, because transformers and
-diffusers probe for a distribution that shares the name `kernels`.
+diffusers probe for a distribution that shares the name `kernels`. An operation named like its folder is imported from
+there (`from kernels.gated_scan import gated_scan`): as an attribute of this package the name is the folder's.
 """
 
 from importlib import import_module
@@ -11,7 +12,6 @@ SUITE = "gated-vision-suite"
 
 _HOME_OF = {
     "bidirectional_gated_scan": "kernels.gated_scan",
-    "gated_scan": "kernels.gated_scan",
     "depthwise_convolution": "kernels.fused_layers",
     "gated_norm_mix": "kernels.fused_layers",
     "rms_norm": "kernels.fused_layers",

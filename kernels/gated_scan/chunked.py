@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 8  # tokens; the (C, C, K) tensor of decays dominates, so short chunks win on CPU
+CHUNK = 8  # tokens; the (C, C, K) tensor of pair decays dominates, so short chunks win on CPU
+NO_DECAY_BELOW = -1000.0  # exp of it is 0 in float32 and float64; keeps -inf out of products with 0
 
 
 def gated_scan(
@@ -33,24 +34,22 @@ def gated_scan(
         return F.pad(x, padding).unflatten(1, (chunks, CHUNK)).transpose(2, 3)  # (B, n, H, C, D)
 
     query, key, value, log_decay = (in_chunks(x) for x in (query * scale, key, value, log_decay))
+    log_decay = log_decay.clamp(min=NO_DECAY_BELOW)
 
-    # between[i, j] = sum of log_decay over j+1..i: a running sum over i that starts after j.
-    position = torch.arange(CHUNK, device=query.device)
-    after_source = position[:, None] > position  # (i, j)
-    steps = torch.where(after_source[..., None], log_decay[..., :, None, :], 0.0)  # (B, n, H, i, j, K)
-    between = steps.cumsum(-3)
-    visible = position[:, None] >= position
-    pair_decay = torch.where(visible[..., None], between, -torch.inf).exp()
-    scores = torch.einsum("bnhid,bnhjd,bnhijd->bnhij", query, key, pair_decay)
+    # between[i, j] = sum of log_decay over j+1..i, as one product with a matrix of zeros and ones; 0 where j > i.
+    i, j, r = torch.meshgrid(*[torch.arange(CHUNK, device=query.device)] * 3, indexing="ij")
+    contains = ((j < r) & (r <= i)).to(log_decay.dtype)  # (i, j, r)
+    between = (contains.flatten(0, 1) @ log_decay).unflatten(-2, (CHUNK, CHUNK))  # (B, n, H, i, j, K)
+    scores = ((between.exp() * key[..., None, :, :]) @ query[..., None]).squeeze(-1).tril()  # (B, n, H, i, j)
     output = scores @ value  # (B, n, H, C, V)
 
     from_start = (log_decay[..., :1, :] + between[..., :, 0, :]).exp()  # the state before the chunk, seen by token i
     to_end = between[..., -1, :, :].exp()  # the update of token j, seen after the chunk
     updates = (key * to_end).transpose(-1, -2) @ value  # (B, n, H, K, V)
     incoming = []
-    for n in range(chunks):
+    for decay, update in zip(from_start[..., -1, :, None].unbind(1), updates.unbind(1), strict=True):
         incoming.append(state)
-        state = from_start[:, n, :, -1, :, None] * state + updates[:, n]
+        state = decay * state + update
     output = output + (query * from_start) @ torch.stack(incoming, dim=1)
 
     output = output.transpose(2, 3).flatten(1, 2)[:, :tokens]

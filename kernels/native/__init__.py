@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-KERNELS = Path(__file__).resolve().parent.parent
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+SHARED = Path(__file__).resolve().parent  # headers that every source may include
+KERNELS = SHARED.parent
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -88,7 +88,8 @@ def library(source: str) -> ctypes.CDLL:
         RuntimeError: the compiler failed; the message holds its output.
     """
     path = KERNELS / source
-    texts = [file.read_bytes() for file in (path, *HEADERS)]
+    headers = sorted([*SHARED.glob("*.h"), *path.parent.glob("*.h")])
+    texts = [file.read_bytes() for file in (path, *headers)]
     key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), _compiler_version(), _processor()])).hexdigest()
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gated-vision-suite"
     target = directory / f"{path.parent.name}-{key[:16]}.so"
@@ -102,7 +103,7 @@ def _compile(source: Path, target: Path) -> None:
     """Write the library beside `target` and move it there, so that processes that build at once do not collide."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         object_file, built = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
-        includes = ("-I", str(KERNELS / "native"))
+        includes = ("-I", str(SHARED))
         _run([compiler(), *FLAGS, *includes, "-c", str(source), "-o", str(object_file)])
         _run([compiler(), "-shared", str(object_file), _openmp_library(), "-o", str(built)])
         os.replace(built, target)

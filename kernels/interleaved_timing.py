@@ -1,0 +1,78 @@
+"""Timing of rival functions on a machine that is never quiet: in turn, in one process, medians and their ratios."""
+
+import gc
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+
+@dataclass
+class Timing:
+    """Seconds of every round of one function."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def row(self) -> dict[str, float]:
+        milliseconds = [1e3 * s for s in self.seconds]
+        return {"median_ms": median(milliseconds), "min_ms": min(milliseconds), "max_ms": max(milliseconds)}
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]], *, seconds: float = 3.0, rounds: tuple[int, int] = (5, 200)
+) -> dict[str, Timing]:
+    """Run every function once a round, A B C A B C ..., and return the wall times of each.
+
+    Args:
+        functions: what to time, by name; each is called twice beforehand to warm up.
+        seconds: about how long all rounds together may take.
+        rounds: fewest and most rounds.
+    """
+    for function in functions.values():
+        function()
+    started = time.perf_counter()
+    for function in functions.values():
+        function()
+    one_round = time.perf_counter() - started
+    count = min(max(int(seconds / max(one_round, 1e-6)), rounds[0]), rounds[1])
+    timings: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    for _ in range(count):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            timings[name].append(time.perf_counter() - started)
+    return {name: Timing(measured) for name, measured in timings.items()}
+
+
+def ratio(slow: Timing, fast: Timing) -> float:
+    """How many times longer `slow` takes: the median over rounds of the two neighbouring runs' ratio."""
+    return median(s / f for s, f in zip(slow.seconds, fast.seconds, strict=True))
+
+
+def machine() -> dict[str, str | int]:
+    """What a reader must know beside a time."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def print_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:
+    """Print rows in aligned columns under a title; floats with three significant digits."""
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    print(f"\n{title}")
+    for index, row in enumerate(cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if index == 0:
+            print("  ".join("-" * width for width in widths))
