@@ -56,7 +56,7 @@ if find_spec("triton") is not None:
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002: libraries draw from the global generator
+    np.random.seed(0)  # noqa: NPY002 - libraries draw from this generator
     torch.manual_seed(0)
 
 
