@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import timm
+import torch
 import torch.nn.functional as F
-from lightning.pytorch import seed_everything
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -122,13 +123,13 @@ class ImageClassification(pl.LightningModule):
             self.model.pretrained_cfg = model_description(self.model, self.trainer.datamodule)
             self.final_model.pretrained_cfg = self.model.pretrained_cfg
 
-    def on_train_epoch_start(self) -> None:
-        # A generator state of its own for every epoch: a run resumed between epochs repeats the uninterrupted one.
-        seed_everything(self._epoch_seed(), verbose=False)
-
-    def _epoch_seed(self) -> int:
-        run_seed = self.trainer.datamodule.seed if self.trainer.datamodule is not None else 0
-        return (run_seed * 1_000_003 + self.current_epoch * 1009 + self.global_rank) % 2**32
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # Drop-path and mixup draw from a state that the step decides: a resumed run repeats the uninterrupted one.
+        run_seed = getattr(self.trainer.datamodule, "seed", 0)
+        step = self.current_epoch * self.trainer.num_training_batches + batch_index
+        seed = (run_seed * 1_000_003 + step * self.trainer.world_size + self.global_rank) % 2**32
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  timm's Mixup draws from the global generator
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, targets = batch

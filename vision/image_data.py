@@ -7,12 +7,14 @@ Every sampler hands out (index, epoch) pairs, so that the random distortion of a
 and its index alone: a run gives the same batches with any number of processes or workers, and again when resumed.
 """
 
+import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,10 +33,18 @@ Key = int | tuple[int, int]  # an index, or an index and the epoch of its distor
 
 
 class EpochSampler(DistributedSampler):
-    """Shuffled (index, epoch) pairs. Process r of W takes every W-th, so W batches of B/W make the one batch of B."""
+    """Shuffled (index, epoch) pairs. Process r of W takes every W-th, so W batches of B/W make the one batch of B.
+
+    Args:
+        skip: asked when an epoch begins for how many of its samples a run resumed in mid-epoch has already seen.
+    """
+
+    def __init__(self, dataset: Dataset, *arguments: Any, skip: Callable[[], int] = lambda: 0, **settings: Any) -> None:
+        super().__init__(dataset, *arguments, **settings)
+        self.skip = skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((index, self.epoch) for index in super().__iter__())
+        return ((index, self.epoch) for index in itertools.islice(super().__iter__(), self.skip(), None))
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -81,10 +91,22 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {processes} processes")
         if len(self.train_set) < self.batch_size:
             raise ValueError(f"batch_size is {self.batch_size}, but the training set has {len(self.train_set)} images")
+        share = self.batch_size // processes
         sampler = EpochSampler(
-            self.train_set, processes, self.trainer.global_rank, shuffle=True, seed=self.seed, drop_last=True
+            self.train_set,
+            processes,
+            self.trainer.global_rank,
+            shuffle=True,
+            seed=self.seed,
+            drop_last=True,
+            skip=lambda: share * self._batches_done(),
         )
-        return self._loader(self.train_set, self.batch_size // processes, sampler, drop_last=True)
+        return self._loader(self.train_set, share, sampler, drop_last=True)
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch before the trainer's step: not 0 only where a run resumes in mid-epoch."""
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        return self.trainer.global_step % steps * self.trainer.accumulate_grad_batches
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation_loader(self.validation_set)

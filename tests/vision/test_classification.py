@@ -29,15 +29,25 @@ def module(**settings):
     return ImageClassification(**{**TINY, "warmup_epochs": 1, "ema_decay": 0.9, **settings})
 
 
-def trained(epochs, folder, ckpt_path=None, stop_after=None, **settings):
-    """A module trained for `epochs`; given `stop_after`, killed after that epoch of the same schedule."""
+class Killed(Exception):
+    pass
 
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = trainer.current_epoch + 1 == stop_after
 
-    checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    callbacks = [Stop(), RunReport(folder), checkpoint]
+class Kill(pl.Callback):
+    """Ends the process, as it were, when training reaches a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def trained(epochs, folder, ckpt_path=None, kill_at=None, save_every=None, **settings):
+    """A module trained for `epochs` of five steps, and its trainer."""
+    checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_train_steps=save_every)
+    callbacks = [Kill(kill_at), RunReport(folder), checkpoint]
     trainer = pl.Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET)
     model = module(**settings)
     trainer.fit(model, digits(), ckpt_path=ckpt_path)
@@ -135,14 +145,17 @@ def test_missing_checkpoint_is_named(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    settings = {"mixup": 0.8, "cutmix": 1.0, "learning_rate": 5e-3}
-    whole, whole_trainer = trained(4, tmp_path / "whole", **settings)
-    trained(4, tmp_path / "killed", stop_after=2, **settings)
-    resumed, trainer = trained(4, tmp_path / "killed", ckpt_path=tmp_path / "killed/last.ckpt", **settings)
+@pytest.mark.parametrize(("save_every", "kill_at"), [(None, 10), (7, 8), (3, 14)], ids=["epoch", "step 7", "step 12"])
+def test_resumed_run_equals_the_uninterrupted_one(save_every, kill_at, tmp_path):
+    settings = {"mixup": 0.8, "cutmix": 1.0, "learning_rate": 5e-3, "save_every": save_every}
+    whole, whole_trainer = trained(3, tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        trained(3, tmp_path / "killed", kill_at=kill_at, **settings)
+    resumed, trainer = trained(3, tmp_path / "killed", ckpt_path=tmp_path / "killed/last.ckpt", **settings)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
-    assert trainer.callbacks[1].history == whole_trainer.callbacks[1].history
+    assert len(trainer.callbacks[1].history) == 3
+    assert trainer.callbacks[1].history[0] == whole_trainer.callbacks[1].history[0]
     saved = load_file(tmp_path / "killed/model/model.safetensors")
     torch.testing.assert_close(saved["head.weight"], whole.average.module.head.weight, rtol=0, atol=0)
 

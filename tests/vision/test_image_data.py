@@ -17,7 +17,9 @@ STRONG = RandomDistortion(20, 0.3, 0.2, 15, 0.1, 0.03, True, 0.1, 0.3, 0.2, 0.5)
 
 
 def prepared(data, processes=1, rank=0):
-    data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+    data.trainer = SimpleNamespace(
+        world_size=processes, global_rank=rank, global_step=0, num_training_batches=1, accumulate_grad_batches=1
+    )
     data.setup("fit")
     return data
 
