@@ -43,9 +43,14 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-@cache
+@torch.compiler.assume_constant_result  # it compiles libraries and looks at files, which dynamo cannot trace
 def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot run on tensors of `device_type`, or None when it can."""
+    return _unavailable_reason(name, device_type)
+
+
+@cache
+def _unavailable_reason(name: str, device_type: str) -> str | None:
     if name in ("reference", "torch"):
         return None
     if name == "native":
@@ -100,7 +105,12 @@ def _default_backend(operation: str, device_type: str) -> str:
     return backend
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _announce(operation: str, device_type: str, backend: str, reason: str | None) -> None:
+    _announce_once(operation, device_type, backend, reason)
+
+
+@cache
+def _announce_once(operation: str, device_type: str, backend: str, reason: str | None) -> None:
     because = f"{reason}" if reason else f"the default on {device_type}"
     logger.info("%s on %s runs the %s backend (%s)", operation, device_type, backend, because)

@@ -4,6 +4,10 @@
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-import vision  # noqa: F401  registers the models
+import vision
 
 NAMES = [
     "vig_base_patch16_224",
@@ -68,6 +72,22 @@ def test_registered(name):
 
 def test_all_sizes_are_listed():
     assert sorted(timm.list_models("vig_*")) == NAMES
+
+
+def test_foreign_kernels_package_is_named(tmp_path):
+    foreign = tmp_path / "kernels" / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.touch()
+    root = Path(vision.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", "import vision"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(root)))},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert f"ImportError: the package `kernels` at {foreign} is not the Gated Vision Suite's" in run.stderr
 
 
 def test_nano_is_small():

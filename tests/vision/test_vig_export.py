@@ -1,0 +1,83 @@
+"""ViG leaves eager PyTorch: torch.compile without graph breaks, torch.export, ONNX in onnxruntime; not TorchScript."""
+
+import io
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from vision.vig import ViG
+from vision.vig_hierarchical import HierarchicalViG
+
+
+@pytest.fixture(params=["plain", "hierarchical"])
+def model(request) -> nn.Module:
+    torch.manual_seed(0)
+    if request.param == "plain":
+        model = ViG(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=10, activation="silu")
+    else:
+        model = HierarchicalViG(dims=(16, 32), depths=(1, 1), num_heads=(1, 2), num_classes=10)
+    for module in model.modules():  # at the authors' initialisation the scan's branch would not show
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model.eval()
+
+
+def test_compiles_without_graph_breaks(model):
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    images = torch.randn(2, 3, 48, 32)
+    output = compiled(images)
+    torch.testing.assert_close(output, model(images), atol=1e-5, rtol=1e-4)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(output.square().mean(), parameters.values())
+    expected = torch.autograd.grad(model(images).square().mean(), parameters.values())
+    for name, gradient, target in zip(parameters, gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, target, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    model = ViG(img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=10).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(images)
+        torch.testing.assert_close(compiled, model(images), atol=1e-5, rtol=1e-4)
+
+
+def test_exported_program(model):
+    images = torch.randn(1, 3, 48, 32)  # small: the exported scan holds one step a chunk of tokens
+    program = torch.export.export(model, (images,))
+    assert not [node for node in program.graph.nodes if "gated_vision" in str(node.target)]
+    other = torch.randn(1, 3, 48, 32)
+    torch.testing.assert_close(program.module()(other), model(other), atol=1e-5, rtol=1e-4)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.export.load(buffer).module()(other), model(other), atol=1e-5, rtol=1e-4)
+
+
+def test_exported_program_takes_any_batch(model):
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    images = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["as-trained", "fused"])
+def test_onnx(model, fused, tmp_path):
+    images = torch.randn(1, 3, 48, 32)
+    expected = model(images).detach().numpy()
+    if fused:
+        model.fuse()
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    [output] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(output, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_torchscript_is_refused_in_words(model):
+    with pytest.raises(NotImplementedError, match=r"use torch\.export"):
+        torch.jit.script(model)
