@@ -8,6 +8,7 @@ A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, Ten
 and what `vision.reports.RunReport` adds. `fit --ckpt_path last` resumes the experiment's newest run.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,5 +86,16 @@ class TrainingCommandLine(LightningCLI):
         evaluate(self.model, datamodule=self.datamodule, verbose=False)
 
 
+# Lightning's warnings that are wrong here: the moving average is meant to stay in evaluation mode, the sampler does
+# resume in mid-epoch, and the sets in memory are faster without workers.
+_MISTAKEN_WARNINGS = (
+    r".*module\(s\) in eval mode at the start of training",
+    r".*your dataloader is not resumable",
+    r".*does not have many workers",
+)
+
+
 def main(arguments: list[str]) -> None:
+    for message in _MISTAKEN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     TrainingCommandLine(arguments)
