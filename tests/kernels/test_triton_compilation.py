@@ -1,0 +1,125 @@
+"""The Triton scan compiled ahead of time, for GPUs this machine need not have, exactly as it would be launched on them.
+
+The tests of the interpreter fix `TRITON_INTERPRET` before the kernels are decorated, so the compilation runs in a
+process of its own (`python tests/kernels/test_triton_compilation.py <target>`): it calls the scan with every launch
+replaced by Triton's own compilation of that launch, and prints what the compilers say about each kernel as JSON.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Shared memory of a block: NVIDIA's opt-in limits of compute capabilities 8.0 and 9.0, and the LDS of CDNA 3.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+MATRIX_INSTRUCTION = {"sm_80": r"mma\.sync", "sm_90": r"mma\.sync|wgmma\.mma_async", "gfx942": r"v_mfma"}
+DOT_KERNELS = {"chunk_updates_kernel", "chunk_outputs_kernel", "chunk_gradients_kernel"}
+HEAD_DIMS = {"ViG": (32, 64), "ViG-H": (16, 32)}  # key and value
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TOKENS = 196
+
+
+def compile_scans(target_name: str) -> list[dict]:
+    """Every kernel of both operations, forward and backward, at the sizes of ViG and in its training dtypes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from kernels.gated_scan import triton as triton_scan
+
+    target = GPUTarget("hip", target_name, 64) if "gfx" in target_name else GPUTarget("cuda", int(target_name[3:]), 32)
+
+    class Driver:
+        def get_current_target(self):
+            return target
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    reports = []
+
+    def compile_instead(self, kernel, programs, *arguments, **constants):
+        compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
+        key_dim, value_dim = constants["KEY_DIM"], constants["VALUE_DIM"]
+        label = f"{kernel.__name__}-K{key_dim}-V{value_dim}-{self.query.dtype}"
+        directions = "two" if self.directions == 2 else "one"
+        reports.append({"kernel": kernel.__name__, "label": f"{label}-{directions}", **describe(compiled, target_name)})
+
+    triton_scan._Scan._launch = compile_instead
+    for key_dim, value_dim in HEAD_DIMS.values():
+        for dtype in DTYPES.values():
+            q, k, gf, gb = (torch.empty(2, TOKENS, 3, key_dim, dtype=dtype) for _ in range(4))
+            v, grad = (torch.empty(2, TOKENS, 3, value_dim, dtype=dtype) for _ in range(2))
+            triton_scan.bidirectional_forward(q, k, v, gf, gb, 1.0, 16.0)
+            triton_scan.bidirectional_backward(grad, q, k, v, gf, gb, 1.0, 16.0)
+    # One direction shares the kernels: its switches are compiled at the last of the sizes.
+    state = torch.empty(2, 3, key_dim, value_dim)
+    triton_scan.scan_forward(q, k, v, gf, state, 1.0, 0.0, True)
+    triton_scan.scan_backward(grad, state, q, k, v, gf, state, 1.0, 0.0, True)
+    return reports
+
+
+def describe(compiled, target_name: str) -> dict:
+    if "cubin" in compiled.asm:
+        assembly, spilled = compiled.asm["ptx"], nvidia_local_memory(compiled.asm["cubin"])
+    else:
+        assembly = compiled.asm["amdgcn"]
+        spilled = sum(
+            int(re.search(rf"\.{field}:\s*(\d+)", assembly)[1])
+            for field in ("vgpr_spill_count", "private_segment_fixed_size")
+        )
+    matrix = len(re.findall(MATRIX_INSTRUCTION[target_name], assembly))
+    return {"spilled": spilled, "shared": compiled.metadata.shared, "matrix_instructions": matrix}
+
+
+def nvidia_local_memory(cubin: bytes) -> int:
+    """Bytes of stack and local memory of a kernel: where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    stack, local = re.search(r"STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
+    return int(stack) + int(local)
+
+
+@cache
+def reports(target_name: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, __file__, target_name]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_name", SHARED_MEMORY)
+def test_kernels_fit_the_device(target_name):
+    compiled = reports(target_name)
+    assert {report["kernel"] for report in compiled} == {*DOT_KERNELS, "carry_states_kernel"}
+    spilling = [(report["label"], report["spilled"]) for report in compiled if report["spilled"]]
+    assert not spilling
+    too_large = [report["label"] for report in compiled if report["shared"] > SHARED_MEMORY[target_name]]
+    assert not too_large
+    without = [r["label"] for r in compiled if r["kernel"] in DOT_KERNELS and not r["matrix_instructions"]]
+    assert not without, "products that do not run on tensor cores"
+
+
+if __name__ == "__main__":
+    json.dump(compile_scans(sys.argv[1]), sys.stdout)
