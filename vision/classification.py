@@ -197,8 +197,12 @@ class ImageClassification(pl.LightningModule):
             layer_decay=settings.layer_decay if settings.layer_decay != 1 else None,
             fused=True,
         )
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError("max_epochs and max_steps are both -1; the cosine needs an end")
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = min(steps - 1, round(settings.warmup_epochs * steps / max(self.trainer.max_epochs, 1)))
+        self.trainer.fit_loop.setup_data()  # done already, unless the run's end is given in steps
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        warmup = min(steps - 1, round(settings.warmup_epochs * steps_per_epoch))
         scheduler = CosineLRScheduler(
             optimizer,
             t_initial=max(1, steps - warmup),

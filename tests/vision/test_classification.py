@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -185,7 +186,12 @@ def test_schedule_warms_up_and_follows_the_cosine(tmp_path):
 
 def test_layer_decay_and_weight_decay_groups():
     model = module(layer_decay=0.5, weight_decay=0.3, model_args={"img_size": 8, "depth": 3})
-    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10, "max_epochs": 2})()
+    model.trainer = SimpleNamespace(
+        estimated_stepping_batches=10,
+        num_training_batches=5,
+        accumulate_grad_batches=1,
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+    )
     optimizer = model.configure_optimizers()["optimizer"]
     scale_of = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

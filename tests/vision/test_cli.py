@@ -77,6 +77,29 @@ def test_last_without_a_run_is_refused(runs, tmp_path):
         main(["fit", "--config", str(runs[1]), "--runs", str(tmp_path), "--ckpt_path", "last"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--trainer.overfit_batches", "2"], 4),
+        (["--trainer.limit_train_batches", "3"], 6),
+        (["--trainer.accumulate_grad_batches", "2"], 6),
+        (["--trainer.max_epochs", "-1", "--trainer.max_steps", "7"], 7),
+        (["--trainer.fast_dev_run", "true"], 1),
+        (["--trainer.precision", "bf16-mixed"], 10),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_trainer_flags_work(flags, steps, runs, tmp_path):
+    line = TrainingCommandLine(["fit", "--config", str(runs[1]), "--runs", str(tmp_path), *flags])
+    assert line.trainer.global_step == steps
+    assert (tmp_path / "fast/0/model").is_dir() == ("--trainer.fast_dev_run" not in flags)
+
+
+def test_training_without_an_end_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="max_epochs and max_steps are both -1"):
+        main(["fit", "--config", str(runs[1]), "--runs", str(tmp_path), "--trainer.max_epochs", "-1"])
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluation_of_a_checkpoint(command, runs, capsys, tmp_path):
     checkpoint = runs[0] / "1/checkpoints/last.ckpt"
