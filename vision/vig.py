@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -147,7 +147,7 @@ class ViG(nn.Module):
             raise ValueError(f"img_size is {img_size}; with patch_size {patch_size} it has no tokens")
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], embed_dim, **dd))
         self.reset_classifier(num_classes, global_pool)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
             *[
                 Block(embed_dim, num_heads, activation=activation, init_values=init_values, drop_path=rates[i], **dd)
@@ -185,7 +185,7 @@ class ViG(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `num_classes` 0 removes it, `global_pool` "" removes the pooling."""
-        dd = get_device_dtype(self)
+        dd = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         if global_pool is not None:
             pooled = bool(check_pooling(global_pool))
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=pooled, input_fmt="NHWC")
@@ -339,6 +339,17 @@ default_cfgs = generate_default_cfgs(
             num_classes=9,
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
+            label_names=(
+                "Smileys & Emotion",
+                "People & Body",
+                "Animals & Nature",
+                "Food & Drink",
+                "Travel & Places",
+                "Activities",
+                "Objects",
+                "Symbols",
+                "Flags",
+            ),
         ),
     }
 )
