@@ -79,9 +79,7 @@ def measure(threads: tuple[int, ...], seconds: float) -> list[dict]:
         cases = {"forward": {"native": forward(inputs, "native"), "torch": forward(inputs, "torch")}}
         if shape_name in SHAPES:
             cases["forward"] |= {"recurrence": forward(inputs, "reference"), "SDPA": softmax_attention(inputs)}
-        cases["forward+backward"] = {
-            backend: forward_and_backward(inputs, backend) for backend in ("native", "torch")
-        }
+        cases["forward+backward"] = {backend: forward_and_backward(inputs, backend) for backend in ("native", "torch")}
         for case, rivals in cases.items():
             # The same functions at every thread count, so that thread scaling is interleaved too.
             functions = {}

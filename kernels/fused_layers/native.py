@@ -136,7 +136,13 @@ def _evenly_spaced(gate_logits: Tensor) -> tuple[Tensor, int]:
 
 
 def gated_norm_mix(
-    scan: Tensor, local: Tensor, gate_logits: Tensor, scan_weight: Tensor, local_weight: Tensor, eps: float, activate: bool
+    scan: Tensor,
+    local: Tensor,
+    gate_logits: Tensor,
+    scan_weight: Tensor,
+    local_weight: Tensor,
+    eps: float,
+    activate: bool,
 ) -> Tensor:
     dtype = _mix_dtype(scan, local, gate_logits)
     gate, token_stride = _evenly_spaced(gate_logits.to(dtype))

@@ -106,7 +106,13 @@ depthwise_convolution.register_autograd(_convolution_gradients, setup_context=_s
 
 @torch.library.custom_op("gated_vision::gated_norm_mix", mutates_args=(), device_types="cpu")
 def gated_norm_mix(
-    scan: Tensor, local: Tensor, gate_logits: Tensor, scan_weight: Tensor, local_weight: Tensor, eps: float, activate: bool
+    scan: Tensor,
+    local: Tensor,
+    gate_logits: Tensor,
+    scan_weight: Tensor,
+    local_weight: Tensor,
+    eps: float,
+    activate: bool,
 ) -> Tensor:
     return native.gated_norm_mix(scan, local, gate_logits, scan_weight, local_weight, eps, activate)
 

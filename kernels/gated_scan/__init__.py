@@ -64,7 +64,9 @@ def bidirectional_gated_scan(
     backend = resolve_backend("bidirectional_gated_scan", query.device, backend)
     if backend in ("native", "triton"):
         function = operators.bidirectional_gated_scan
-        return function(query, key, value, log_decay_forward, log_decay_backward, scale, logit_normalizer or 0.0, backend)
+        return function(
+            query, key, value, log_decay_forward, log_decay_backward, scale, logit_normalizer or 0.0, backend
+        )
     plain = (reference if backend == "reference" else chunked).bidirectional_gated_scan
     tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer))
     return plain(*tensors, scale).to(value.dtype)

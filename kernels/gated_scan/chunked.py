@@ -15,7 +15,13 @@ NO_DECAY_BELOW = -1000.0  # exp of it is 0 in float32 and float64; keeps -inf ou
 
 
 def gated_scan(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, scale: float, reverse: bool, initial_state: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    reverse: bool,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One direction. Shapes as in `kernels.gated_scan.gated_scan`; every argument has the same dtype."""
     batch, tokens, heads, key_dim = query.shape
@@ -23,7 +29,7 @@ def gated_scan(
     if state is None:
         state = value.new_zeros(batch, heads, key_dim, value.shape[-1])
     if tokens == 0:
-        return value.new_zeros(value.shape), state
+        return value.clone(), state
     if reverse:
         query, key, value, log_decay = (x.flip(1) for x in (query, key, value, log_decay))
 

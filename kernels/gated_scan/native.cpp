@@ -11,8 +11,7 @@
 //
 // The decays are folded into the operands that have the key dimension. Within a run of tokens let P_t be the product of
 // the decays since the run's first token; then S_t = P_t * S'_t where S' decays no more, writing with k_t / P_t and reading
-// with q_t * P_t: two multiply-adds an element instead of three operations. A run ends before any P falls below 2^-40,
-// where the state is scaled and P starts at 1 again, so gates of any strength are exact.
+// with q_t * P_t: two multiply-adds an element instead of three operations. A run ends before any P gets too small, where the state is scaled and P starts at 1 again, so gates of any strength are exact.
 //
 // The gradient of the log decays takes the chunk-end form: within a block, from its last token to its first,
 // dg_t = sum_{r >= t} (q_r dq_r - k_r dk_r) + sum_v S_end * dS_end, dq and dk being this direction's own.

@@ -76,7 +76,13 @@ def _writable(like: Tensor) -> Tensor:
 
 
 def bidirectional_forward(
-    query: Tensor, key: Tensor, value: Tensor, gate_forward: Tensor, gate_backward: Tensor, scale: float, normalizer: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_forward: Tensor,
+    gate_backward: Tensor,
+    scale: float,
+    normalizer: float,
 ) -> Tensor:
     if query.numel() == 0 or value.numel() == 0:
         return value.new_zeros(value.shape)
@@ -167,5 +173,7 @@ def scan_backward(
     outputs = dict(zip(names, (*gradients[:3], gradients[4]), strict=True))
     direction = BACKWARD if reverse else FORWARD
     grad_gates = _one_direction(gradients[3], reverse)
-    _run("gated_scan_backward", direction, scale, normalizer, inputs, _one_direction(gate, reverse), outputs, grad_gates)
+    _run(
+        "gated_scan_backward", direction, scale, normalizer, inputs, _one_direction(gate, reverse), outputs, grad_gates
+    )
     return tuple(gradient.to(t.dtype) for gradient, t in zip(gradients, tensors, strict=True))

@@ -9,6 +9,8 @@ using namespace simd;
 
 constexpr int BLOCK = 32;  // tokens whose packed operands stay in the first-level cache
 constexpr int ROWS_PADDED_TO = 8;
+// The smallest product of decays in a run: its inverse must leave room in T's range.
+template <typename T> constexpr T SMALLEST = sizeof(T) == 4 ? T(9.0949470177292824e-13) : T(1e-60);  // 2^-40 in float
 
 template <typename T> constexpr int64_t padded(int64_t n) {
     constexpr int64_t unit = LANES<T> > ROWS_PADDED_TO ? LANES<T> : ROWS_PADDED_TO;
@@ -197,9 +199,8 @@ template <typename T> struct Runs {
 
   private:
     bool too_small(const T* product, const T* factor) const {
-        constexpr T SMALLEST = T(9.0949470177292824e-13);  // 2^-40
         for (int64_t c = 0; c < width; c += LANES<T>)
-            if (any<T>((factor ? load(product + c) * load(factor + c) : load(product + c)) < SMALLEST)) return true;
+            if (any<T>((factor ? load(product + c) * load(factor + c) : load(product + c)) < SMALLEST<T>)) return true;
         return false;
     }
 };

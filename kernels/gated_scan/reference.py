@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 def gated_scan(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, scale: float, reverse: bool, initial_state: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    reverse: bool,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One direction. Shapes as in `kernels.gated_scan.gated_scan`; every argument has the same dtype."""
     batch, tokens, heads, key_dim = query.shape
@@ -22,7 +28,7 @@ def gated_scan(
         update = key[:, t, :, :, None] * value[:, t, :, None, :]  # (B, H, K, V)
         state = log_decay[:, t, :, :, None].exp() * state + update
         outputs[t] = scale * (query[:, t, :, :, None] * state).sum(-2)
-    output = torch.stack(outputs, dim=1) if tokens else value.new_zeros(value.shape)
+    output = torch.stack(outputs, dim=1) if tokens else value.clone()
     return output, state
 
 

@@ -156,7 +156,9 @@ template <typename T> class Scan {
                 const bool unused = s == 0 && !p_.initial_state.data;  // the first token's decay has nothing to act on
                 for (int64_t c = 0; c < k_; c += LANES<T>) {
                     const Vector<T> dq = load(grad_query + s * k_ + c), dk = load(block_out_ + row + c);
-                    const Vector<T> sum = load(tail_ + c) + (load(query_ + row + c) * dq - load(key_ + row + c) * dk);
+                    Vector<T> sum = load(tail_ + c) + (load(query_ + row + c) * dq - load(key_ + row + c) * dk);
+                    // Nothing passes a decay this strong, so what the sum holds there is rounding.
+                    sum = load(step_ + row + k_ + c) < SMALLEST<T> ? Vector<T>{} : sum;
                     store(tail_ + c, sum);
                     Vector<T> dg = unused ? Vector<T>{} : sum;
                     if (p_.normalizer > 0) dg *= sigmoid<T>(-load(gate_ + row + c)) * T(1 / p_.normalizer);
@@ -224,16 +226,14 @@ template <typename T> class Scan {
             store(to + c, exponential(inverse > 0 ? log_sigmoid<T>(g) * inverse : g));
         }
     }
-    // Running back, the state gradient meets the decay of the token it has just left; none after the last token.
+    // Running back, the state gradient meets the decay of the token it has just left (none after the last token). Row i of
+    // step_ is that of token b0 + n - i; row n is the first token's own.
     void read_gradient_decays(int64_t b0, int64_t n) {
-        const int64_t after = std::min<int64_t>(n, n_ - 1 - b0);  // decays of tokens b0+1 .. b0+n that exist
-        T* forward = block_out_;
-        read_decays(b0 + 1, after, forward);
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t j = n - 1 - i;
-            for (int64_t c = 0; c < k_; c += LANES<T>)
-                store(step_ + i * k_ + c, j < after ? load(forward + j * k_ + c) : broadcast(T(1)));
-        }
+        const int64_t count = std::min<int64_t>(n + 1, n_ - b0);
+        T* ascending = block_out_;
+        read_decays(b0, count, ascending);
+        std::fill(ascending + count * k_, ascending + (n + 1) * k_, T(1));
+        for (int64_t i = 0; i <= n; i++) std::copy(ascending + (n - i) * k_, ascending + (n - i + 1) * k_, step_ + i * k_);
     }
     struct ValueAndGrad {
         Operand<const T> value, grad;

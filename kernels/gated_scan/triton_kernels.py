@@ -1,10 +1,9 @@
 """The Triton kernels of the gated scan; `triton.py` launches them and explains the algorithm.
 
 Legend: C tokens of a chunk, K and V the tile of the key and of the value dimension; a comment gives a tile's shape.
-`own` is a token's log decay, `beyond` that of its neighbour on the side the state leaves to: the next token's in the
-forward direction, the previous one's in the backward direction. A query is decayed from the point of reference up to
-and with its own decay, a key from the decay beyond it to the point of reference: plain sums of log decays, never
-differences of sums, so that every exponent is <= 0 and keeps its precision beside a decay of -1e4.
+Between a query and a key lies a point of reference: the border of two segments of the chunk, or of two chunks. The
+query's exponent sums the log decays from there to its token, its own included; the key's those beyond its token up to
+there. They are plain sums, never differences of sums: <= 0, and exact beside a decay of -1e4.
 """
 
 import triton
@@ -81,15 +80,16 @@ def _first_sums(
 
 @triton.jit
 def _merge_halves(
-    forward_query, forward_key, backward_query, backward_key, half, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
+    forward_query, forward_key, backward_query, backward_key, level, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
 ):
-    """From sums in segments of `half` tokens to sums in segments of 2 `half`: add the other half's total.
+    """From sums in segments of 2 ** level tokens to sums in segments twice as long: add the other half's total.
 
     A segment's total is its last token's forward query sum and its first token's backward query sum.
     """
     position = tl.arange(0, forward_query.shape[0])[:, None]
-    second = (position // half) % 2 == 1
-    start = position // (2 * half) * (2 * half)
+    half = 1 << level
+    second = ((position >> level) & 1) == 1
+    start = (position >> (level + 1)) << (level + 1)
     if FORWARD:
         last = tl.where(second, start + half - 1, start + 2 * half - 1)
         other = tl.gather(forward_query, tl.broadcast_to(last, forward_query.shape), 0)
@@ -105,14 +105,14 @@ def _merge_halves(
 
 @triton.jit
 def _level_decays(
-    forward_query, forward_key, backward_query, backward_key, half, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
+    forward_query, forward_key, backward_query, backward_key, level, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
 ):
-    """Decays [C, K] of queries and of keys to the middle of their block of 2 `half` tokens.
+    """Decays [C, K] of queries and of keys to the middle of their block of 2 ** (level + 1) tokens.
 
     In a block the forward direction pairs queries of the second half with keys of the first, the backward direction
     queries of the first half with keys of the second: each token has one query and one key decay for both directions.
     """
-    second = ((tl.arange(0, forward_query.shape[0]) // half) % 2 == 1)[:, None]
+    second = (((tl.arange(0, forward_query.shape[0]) >> level) & 1) == 1)[:, None]
     nothing = tl.full(forward_query.shape, float("-inf"), tl.float32)
     if not FORWARD:
         forward_query, forward_key = nothing, nothing
@@ -124,9 +124,9 @@ def _level_decays(
 
 
 @triton.jit
-def _level_pairs(CHUNK: tl.constexpr, half):
-    """Pairs [C, C] of tokens in the two halves of one block of 2 `half` tokens."""
-    segment = tl.arange(0, CHUNK) // half
+def _level_pairs(CHUNK: tl.constexpr, level):
+    """Pairs [C, C] of tokens in the two halves of one block of 2 ** (level + 1) tokens."""
+    segment = tl.arange(0, CHUNK) >> level
     return (segment[:, None] ^ segment[None, :]) == 1
 
 
@@ -258,18 +258,17 @@ def chunk_outputs_kernel(
             batch, head, tokens, keys, token_count, KEY_DIM, normalizer, FORWARD, BACKWARD, LOGITS,
         )  # fmt: skip
         for level in range(LEVELS):
-            half = 1 << level
             query_decay, key_decay = _level_decays(
-                forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+                forward_query, forward_key, backward_query, backward_key, level, FORWARD, BACKWARD
             )
             decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
             if TRANSPOSED:
                 level_scores = tl.dot(decayed_key, tl.trans(decayed_query), input_precision=PRECISION)  # [C, C]
             else:
                 level_scores = tl.dot(decayed_query, tl.trans(decayed_key), input_precision=PRECISION)  # [C, C]
-            scores += tl.where(_level_pairs(CHUNK, half), level_scores, 0.0)
+            scores += tl.where(_level_pairs(CHUNK, level), level_scores, 0.0)
             forward_query, forward_key, backward_query, backward_key = _merge_halves(
-                forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+                forward_query, forward_key, backward_query, backward_key, level, FORWARD, BACKWARD
             )
         if STATES:
             side = k if TRANSPOSED else q
@@ -339,23 +338,22 @@ def chunk_gradients_kernel(
     forward_flow = tl.zeros([CHUNK, BLOCK_K], tl.float32)
     backward_flow = tl.zeros([CHUNK, BLOCK_K], tl.float32)
     for level in range(LEVELS):
-        half = 1 << level
         query_decay, key_decay = _level_decays(
-            forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+            forward_query, forward_key, backward_query, backward_key, level, FORWARD, BACKWARD
         )
         decayed_query, decayed_key = (q * query_decay).to(DOT), (k * key_decay).to(DOT)
-        pairs = tl.where(_level_pairs(CHUNK, half), score_gradient, 0.0).to(DOT)
+        pairs = tl.where(_level_pairs(CHUNK, level), score_gradient, 0.0).to(DOT)
         level_dq = tl.dot(pairs, decayed_key, input_precision=PRECISION)  # [C, K]
         level_dk = tl.dot(tl.trans(pairs), decayed_query, input_precision=PRECISION)  # [C, K]
         dq += level_dq * query_decay
         dk += level_dk * key_decay
         query_part = decayed_query.to(tl.float32) * level_dq
         key_part = decayed_key.to(tl.float32) * level_dk
-        second = (position // half % 2 == 1)[:, None]
+        second = (((position >> level) & 1) == 1)[:, None]
         forward_flow += tl.where(second, query_part, -key_part)
         backward_flow += tl.where(second, -key_part, query_part)
         forward_query, forward_key, backward_query, backward_key = _merge_halves(
-            forward_query, forward_key, backward_query, backward_key, half, FORWARD, BACKWARD
+            forward_query, forward_key, backward_query, backward_key, level, FORWARD, BACKWARD
         )
 
     inside = (tokens < token_count)[:, None] & (keys < KEY_DIM)[None, :]
