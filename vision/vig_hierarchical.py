@@ -11,10 +11,11 @@ Source: ViG, arXiv 2405.18425, https://github.com/hustvl/ViG. Parameter names ar
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -152,10 +153,10 @@ class HierarchicalViG(nn.Module):
             ("7", nn.LayerNorm(dims[0], **dd)),
         ]
         self.patch_embed = nn.Sequential(OrderedDict(stem))
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.layers = nn.ModuleList(
-            Stage(dim, next_dim, heads, init_values=init_values, drop_path=stage_rates, **dd)
-            for dim, next_dim, heads, stage_rates in zip(dims, (*dims[1:], None), num_heads, rates, strict=True)
+            Stage(dim, next_dim, heads, init_values=init_values, drop_path=list(islice(rates, depth)), **dd)
+            for dim, next_dim, heads, depth in zip(dims, (*dims[1:], None), num_heads, depths, strict=True)
         )
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"} for i, dim in enumerate(dims)
@@ -190,7 +191,8 @@ class HierarchicalViG(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `num_classes` 0 removes it, `global_pool` "" removes the pooling."""
-        dd = get_device_dtype(self)
+        stem = self.patch_embed[0].weight
+        dd = {"device": stem.device, "dtype": stem.dtype}
         if global_pool is not None:
             pooled = bool(check_pooling(global_pool))
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=pooled, input_fmt="NHWC")
