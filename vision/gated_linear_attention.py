@@ -15,11 +15,12 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from kernels.fused_layers import depthwise_convolution, gated_norm_mix, rms_norm, swiglu
 from kernels.gated_scan import bidirectional_gated_scan
+from kernels.packed_linear import PackedLinear, can_pack
 
 GATE_LOGIT_NORMALIZER = 16.0
 GATE_RANK = 16
@@ -28,6 +29,7 @@ GATE_RANK = 16
 for _operation in (bidirectional_gated_scan, depthwise_convolution, gated_norm_mix, rms_norm, swiglu):
     register_notrace_function(_operation)
     torch.fx.wrap(_operation.__name__)
+register_notrace_module(PackedLinear)
 
 
 class RMSNorm(nn.Module):
@@ -193,20 +195,24 @@ class GatedLinearAttention(nn.Module):
         del self.qkv_proj, self.g_proj
 
 
-def fuse_mixers(model: nn.Module) -> nn.Module:
-    """Fuse every mixer of `model` for inference and return it, in eval mode and without parameters to train.
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """Fuse every mixer of `model`, pack its linear layers for the CPU, and return it in eval mode without gradients.
 
     The numbers stay the same up to rounding. The state dict changes (`fused_proj` takes the place of three
     projections), so load and save weights before fusing; a fused model refuses `train()`.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, GatedLinearAttention):
             module.fuse()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and can_pack(child):
+                setattr(module, name, PackedLinear(child))
     model.fused = True
     return model.eval().requires_grad_(False)
 
 
 def refuse_training_when_fused(model: nn.Module, mode: bool) -> None:
-    """Raise `RuntimeError` if a model that went through `fuse_mixers` is put into training mode."""
+    """Raise `RuntimeError` if a model that went through `fuse_for_inference` is put into training mode."""
     if mode and model.fused:
         raise RuntimeError("this model was fused for inference and cannot be trained; create it anew and do not fuse()")

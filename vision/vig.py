@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vision.gated_linear_attention import (
     GatedLinearAttention,
     RMSNorm,
-    fuse_mixers,
+    fuse_for_inference,
     gated_mlp,
     refuse_training_when_fused,
 )
@@ -216,8 +216,8 @@ class ViG(nn.Module):
             self.grid_size = grid
 
     def fuse(self) -> "ViG":
-        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_mixers`."""
-        return fuse_mixers(self)
+        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_for_inference`."""
+        return fuse_for_inference(self)
 
     def train(self, mode: bool = True) -> "ViG":
         refuse_training_when_fused(self, mode)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vision.gated_linear_attention import (
     ChannelsLastConv2d,
     GatedLinearAttention,
-    fuse_mixers,
+    fuse_for_inference,
     gated_mlp,
     refuse_training_when_fused,
 )
@@ -202,8 +202,8 @@ class HierarchicalViG(nn.Module):
         self.classifier["head"] = head
 
     def fuse(self) -> "HierarchicalViG":
-        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_mixers`."""
-        return fuse_mixers(self)
+        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_for_inference`."""
+        return fuse_for_inference(self)
 
     def train(self, mode: bool = True) -> "HierarchicalViG":
         refuse_training_when_fused(self, mode)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import vision  # noqa: F401  registers the models
+from kernels.packed_linear import PackedLinear
 
 SMALL = {
     "plain": ("vig_small_patch16_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}),
@@ -42,7 +43,7 @@ def test_numbers_stay(model, dtype, tolerance):
 
 def test_one_product_takes_the_place_of_three(model):
     def projections() -> int:
-        return sum(isinstance(module, nn.Linear) for module in model.modules())
+        return sum(isinstance(module, nn.Linear | PackedLinear) for module in model.modules())
 
     mixers = sum(name.endswith("qkv_proj") for name, _ in model.named_modules())
     before = projections()

@@ -1,0 +1,71 @@
+"""The packed linear layer against `nn.Linear`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.packed_linear import PackedLinear, can_pack
+
+
+@pytest.fixture
+def linear():
+    return nn.Linear(19, 33)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", [(1, 19), (65, 19), (2, 7, 19), (2, 3, 5, 19)], ids=str)
+def test_equals_linear(shape, bias):
+    linear = nn.Linear(19, 33, bias=bias)
+    x = torch.randn(shape)
+    assert can_pack(linear)
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+def test_strided_input(linear):
+    x = torch.randn(4, 6, 40)[..., 5:24]
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_multiplies_in_bfloat16(linear):
+    x = torch.randn(8, 19)
+    packed = PackedLinear(linear)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output, expected = packed(x), linear(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(packed(x), linear(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.mul_(2.0),
+        lambda weight: setattr(weight, "data", weight.data * 2),
+    ],
+    ids=["in-place", "new-memory"],
+)
+def test_new_weights_are_packed_again(linear, change):
+    x = torch.randn(3, 19)
+    packed = PackedLinear(linear)
+    before = packed(x)
+    with torch.no_grad():
+        change(packed.weight)
+        packed.bias.mul_(2)
+    torch.testing.assert_close(packed(x), 2 * before, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_the_input(linear):
+    x = torch.randn(3, 19, requires_grad=True)
+    PackedLinear(linear)(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.detach().sum(0).expand(3, 19))
+
+
+def test_copies_and_state_dicts_are_ordinary(linear):
+    packed = PackedLinear(linear)
+    x = torch.randn(3, 19)
+    expected = packed(x)
+    torch.testing.assert_close(copy.deepcopy(packed)(x), expected)
+    assert list(packed.state_dict()) == ["weight", "bias"]
+    torch.testing.assert_close(packed.double()(x.double()).float(), expected, rtol=1e-5, atol=1e-6)
