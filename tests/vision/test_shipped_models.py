@@ -5,10 +5,10 @@ import timm
 import torch
 
 import vision  # noqa: F401  registers the models
-from vision.in_memory_images import Mnist5k
+from vision.in_memory_images import Mnist5k, OpenMoji
 
 
-@pytest.mark.parametrize(("tag", "data", "least"), [("mnist5k", Mnist5k, 0.98)], ids=["mnist5k"])
+@pytest.mark.parametrize(("tag", "data", "least"), [("mnist5k", Mnist5k, 0.98), ("openmoji", OpenMoji, 0.6)])
 def test_shipped_checkpoint_keeps_its_accuracy(tag, data, least):
     """On the test images of the split, which training never saw."""
     model = timm.create_model(f"vig_nano_patch4_28.{tag}", pretrained=True).eval()
