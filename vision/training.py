@@ -72,9 +72,9 @@ class TrainingCommandLine(LightningCLI):
         settings = self.config_init[self.subcommand].trainer
         callbacks = list(settings.callbacks or [])
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            callbacks.append(
-                ModelCheckpoint(self.run_folder / "checkpoints", filename="last", enable_version_counter=False)
-            )
+            # After every epoch, whether or not the run is validated after it.
+            folder, kept = self.run_folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
+            callbacks.append(ModelCheckpoint(folder, save_on_train_epoch_end=True, **kept))
         kwargs = {"default_root_dir": self.run_folder, "callbacks": [*callbacks, RunReport(self.run_folder)]} | kwargs
         if settings.logger is None:
             kwargs["logger"] = [kind(self.run_folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]

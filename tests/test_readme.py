@@ -1,0 +1,223 @@
+"""Every command and every Python block of README.md runs, its table of models is counted, its map is complete."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from packaging.requirements import Requirement
+from PIL import Image
+
+import vision  # noqa: F401  registers the models
+from vision.flops import count_macs
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {
+    language: [text for name, text in FENCED.findall(README) if name == language] for language in ("bash", "python")
+}
+
+
+def commands_of(block: str) -> list[str]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+INSTALLATION = {"python -m venv .venv '&&' . .venv/bin/activate", "pip install -c constraints.txt -e '.[dev]'"}
+AS_IT_STANDS = ""
+HELP = "--help"  # a measurement: only its options are checked
+DRY_RUN = "--dry-run"
+SETTINGS = "--print_config"  # needs data that nobody has here
+ONE_EPOCH = (
+    "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.limit_test_batches 1 "
+    "--trainer.enable_progress_bar false --trainer.enable_model_summary false --trainer.max_epochs "
+)
+MNIST = "python -m vision {} --config configs/vision/vig_nano_mnist5k.yaml"
+SHIPPED = "python -m vision predict --checkpoint vig_nano_patch4_28.mnist5k docs"
+SHIPPED_MODEL = '"vig_nano_patch4_28.mnist5k", pretrained=True'
+ONE_BLOCK = '"vig_nano_patch4_28", in_chans=1, depth=1'
+# Each command, and what is put behind it so that it ends within seconds.
+COMMANDS = {
+    "make train": DRY_RUN,
+    "make test": DRY_RUN,
+    "make bench": DRY_RUN,
+    MNIST.format("fit"): ONE_EPOCH + "1",
+    MNIST.format("fit") + " --ckpt_path last --trainer.max_epochs 40": ONE_EPOCH + "2",
+    MNIST.format("validate") + " --ckpt_path runs/vig_nano_mnist5k/0/checkpoints/last.ckpt": AS_IT_STANDS,
+    "python -m vision predict --checkpoint runs/vig_nano_mnist5k/0 docs/seven.png": AS_IT_STANDS,
+    f"{SHIPPED}/seven.png": AS_IT_STANDS,
+    f"{SHIPPED} --output predictions.csv": AS_IT_STANDS,
+    "python -m vision fit --data ImageFolder --data.path pictures --data.image_size 56 "
+    "--model.model_args.img_size 56 --trainer.max_epochs 30 --experiment pictures": "--data.batch_size 2 "
+    + ONE_EPOCH
+    + "1",
+    "python -m vision fit --data Cifar --data.path data/cifar --data.classes 10 --model.model_args.img_size 32 "
+    "--trainer.max_epochs 100 --experiment cifar10": SETTINGS,
+    "python -m vision fit --config configs/vision/vig_tiny_patch16_224_imagenet.yaml "
+    "--data.init_args.path data/imagenet --trainer.devices 8 --trainer.strategy ddp": SETTINGS,
+    shlex.join(
+        [
+            "python",
+            "-c",
+            "import vision, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+            *["pytorch-image-models/validate.py", "--model", "vig_tiny_patch16_224", "--data-dir", "data/imagenet"],
+        ]
+    ): AS_IT_STANDS,
+    "python -m kernels.benchmark --threads 1 2": HELP,
+    "python -m vision benchmark --only models": HELP,
+    "python -m vision benchmark --only inference training memory --largest 1024": HELP,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """What the commands find around them: the repository's configurations and pictures, and a user's own files."""
+    for name in ("configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for part, name in ((part, name) for part in ("train", "val") for name in ("cats", "dogs")):
+        (tmp_path / "pictures" / part / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (60, 70), (i * 90, len(name) * 20, 120)).save(tmp_path / f"pictures/{part}/{name}/{i}.png")
+    # timm's scripts are not in its package; what they do first is to look the model up.
+    (tmp_path / "pytorch-image-models").mkdir()
+    (tmp_path / "pytorch-image-models" / "validate.py").write_text(
+        "import argparse, timm\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for flag in ('--model', '--data-dir'):\n"
+        "    parser.add_argument(flag, required=True)\n"
+        "assert __name__ == '__main__'\n"
+        "timm.create_model(parser.parse_args().model)\n"
+    )
+    authors = timm.create_model("vig_tiny_patch16_224")
+    torch.save({"model": authors.state_dict()}, tmp_path / "vig_t_77p2acc.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, monkeypatch) -> None:
+    """Run a command of the README; python ones in this process, whose imports are done."""
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        subprocess.run([program, "-C", ROOT, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return
+    assert program == "python"
+    kind, what, *arguments = arguments
+    monkeypatch.setattr(sys, "argv", [kind, *arguments])
+    try:
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "README.md", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if end.code:
+            raise AssertionError(f"{command} ended with {end.code}") from end
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
+@pytest.mark.parametrize("block", BLOCKS["bash"], ids=lambda block: commands_of(block)[0])
+def test_shell_block(block, folder, monkeypatch, capfd):
+    for command in commands_of(block):
+        if command in INSTALLATION:
+            continue
+        assert command in COMMANDS, "say in COMMANDS how this new command of the README is tested"
+        appended = COMMANDS[command]
+        run(f"{command} {appended}", monkeypatch)
+        printed = capfd.readouterr().out
+        if appended == HELP:
+            assert set(re.findall(r"--[\w-]+", command)) <= set(re.findall(r"--[\w-]+", printed))
+        elif "predict" in command and SHIPPED in command and "--output" not in command:
+            assert re.search(r"seven\.png\n\s+[\d.]+%  7\n", printed)
+
+
+def test_every_listed_command_stands_in_the_readme():
+    found = {command for block in BLOCKS["bash"] for command in commands_of(block)}
+    assert found == COMMANDS.keys() | INSTALLATION
+
+
+def test_installation_names_what_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "dev" in project["optional-dependencies"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {Requirement(line).name for line in lines}
+    wanted = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]])
+    direct = {requirement.name for requirement in wanted if not requirement.extras}
+    assert len(pinned & direct) > 10
+
+
+def test_make_train_runs_the_command_beside_it():
+    dry = subprocess.run(["make", "-C", ROOT, "--dry-run", "train"], check=True, capture_output=True, text=True).stdout
+    assert MNIST.format("fit").removeprefix("python ") in dry
+
+
+@pytest.mark.parametrize("block", BLOCKS["python"], ids=lambda block: block.strip().splitlines()[-1][:40])
+def test_python_block(block, folder):
+    if "torch.onnx.export" in block:
+        assert SHIPPED_MODEL in block
+        block = block.replace(SHIPPED_MODEL, ONE_BLOCK)  # a graph of five blocks takes half a minute to write
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def between(marker: str) -> str:
+    return README.split(f"<!-- {marker} -->")[1].split(f"<!-- /{marker} -->")[0]
+
+
+ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in between("models").strip().splitlines()[2:]]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_row_of_the_table_of_models(row):
+    name, parameters, dense, total, accuracy = row
+    model = timm.create_model(name, device="meta")
+    macs = count_macs(model, (3, 224, 224))
+    assert parameters == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    assert (dense, total) == (f"{macs.dense / 1e9:.2f}", f"{macs.total / 1e9:.2f}")
+    published = timm.get_pretrained_cfg(name).url  # the authors' file names say their accuracy
+    assert accuracy.removesuffix(" %").replace(".", "p") in published
+
+
+def test_table_holds_every_published_size():
+    assert {row[0] for row in ROWS} == {name.split(".")[0] for name in timm.list_pretrained("vig_*.in1k")}
+
+
+def test_size_of_the_nano_model():
+    [stated] = re.findall(r"`vig_nano_patch4_28`.*?: ([\d,]+) parameters with one channel and ten classes", README)
+    model = timm.create_model("vig_nano_patch4_28", in_chans=1, num_classes=10)
+    assert stated == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def mapped_files() -> set[str]:
+    """Paths that the README's tree names; a line names one file or several, indented under its folder."""
+    paths, folders = set(), [""]
+    for line in between("map").strip().strip("`").splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.match(r"\s*(\S+(?:  ?[\w.]+\.(?:py|cpp|h)\b)*)", line)
+        if not names:
+            continue
+        for name in names[1].split():
+            path = "".join(folders[: depth + 1]) + name
+            if name.endswith("/"):
+                folders[depth + 1 :] = [name]
+            paths.add(path)
+    return paths
+
+
+def test_map_names_every_file_and_nothing_else():
+    mapped = mapped_files()
+    assert [path for path in mapped if not (ROOT / path).exists()] == []
+    rooms = ("kernels", "vision")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    missing = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"} - mapped
+    assert missing == set()
+
+
+def test_links_to_files_exist():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert [link for link in links if not os.path.exists(ROOT / link)] == []
