@@ -37,6 +37,18 @@ def make_inputs(batch: int, tokens: int, heads: int, key_dim: int, value_dim: in
     ]  # fmt: skip
 
 
+def strided_views(batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
+    """Inputs of a scan, none contiguous: slices of one tensor, flipped, repeated, permuted, expanded."""
+    fused = torch.randn(batch, tokens, heads, 2 * dim)
+    return [
+        fused[..., :dim],
+        fused[..., dim:].flip(-1)[..., ::2].repeat_interleave(2, -1),
+        torch.randn(batch, dim, heads, tokens).permute(0, 3, 2, 1),
+        gates("usual", (1, 1, heads, dim)).expand(batch, tokens, heads, dim),
+        gates("usual", (heads, dim, tokens, batch)).permute(3, 2, 0, 1),
+    ]
+
+
 def outputs_and_gradients(
     function, inputs: list[Tensor], dtype: torch.dtype, **options
 ) -> tuple[list[Tensor], list[Tensor]]:

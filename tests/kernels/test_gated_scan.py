@@ -1,4 +1,9 @@
-"""The gated scan on CPU: definition, chunked form and native kernel; the operators; bad arguments."""
+"""The gated scan in every backend (Triton's in its interpreter), the operators, bad arguments.
+
+What only the Triton backend has is in `test_gated_scan_triton.py`.
+"""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -6,11 +11,37 @@ from safetensors.torch import load_file
 
 from kernels.backend import unavailable_reason
 from kernels.gated_scan import bidirectional_gated_scan, gated_scan, operators
-from tests.kernels.scan_cases import EXTREME_GATES, GOLDEN, TOLERANCES, check, gates, make_inputs, relative_error
+from tests.kernels.scan_cases import (
+    EXTREME_GATES,
+    GOLDEN,
+    TOLERANCES,
+    check,
+    make_inputs,
+    relative_error,
+    strided_views,
+)
 
 BACKENDS = ("torch", "native")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+TRITON = pytest.param("triton", marks=needs_triton)
 DTYPES = (torch.float64, torch.float32)
+DTYPES_OF = {"reference": DTYPES, "torch": DTYPES, "native": DTYPES, "triton": (torch.float32,)}
 dtype_id = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
+
+
+def backends_and_dtypes(*backends: str):
+    pairs = [
+        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}", marks=marks)
+        for backend in backends
+        for marks in [needs_triton if backend == "triton" else ()]
+        for dtype in DTYPES_OF[backend]
+    ]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs)
+
+
+def tokens_and_heads(backend: str) -> tuple[int, int]:
+    """More than a chunk of tokens, but few where the interpreter runs."""
+    return (40, 1) if backend == "triton" else (70, 2)
 
 
 @pytest.fixture
@@ -28,8 +59,7 @@ def test_native_kernels_run_on_this_machine():
     assert unavailable_reason("native", "cpu") is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **dtype_id)
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@backends_and_dtypes("reference", *BACKENDS, "triton")
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_files(path, backend, dtype):
     golden = {name: tensor.transpose(1, 2) for name, tensor in load_file(path).items()}  # to (B, N, H, D)
@@ -73,16 +103,16 @@ def test_bidirectional_sizes(tokens, key_dim, value_dim, backend, dtype):
     check(bidirectional_gated_scan, make_inputs(2, tokens, 3, key_dim, value_dim), backend, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **dtype_id)
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_and_dtypes(*BACKENDS, "triton")
 @pytest.mark.parametrize("gate", EXTREME_GATES)
 def test_extreme_gates(gate, backend, dtype):
-    check(bidirectional_gated_scan, make_inputs(1, 70, 2, 16, 16, gate), backend, dtype)
-    *inputs, _ = make_inputs(1, 70, 2, 16, 16, gate)
-    check(scan_with_state, [*inputs, torch.randn(1, 2, 16, 16)], backend, dtype)
+    tokens, heads = tokens_and_heads(backend)
+    check(bidirectional_gated_scan, make_inputs(1, tokens, heads, 16, 16, gate), backend, dtype)
+    *inputs, _ = make_inputs(1, tokens, heads, 16, 16, gate)
+    check(scan_with_state, [*inputs, torch.randn(1, heads, 16, 16)], backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 def test_a_decay_of_minus_infinity_forgets(backend):
     query, key, value, *decays = make_inputs(1, 20, 1, 8, 8)
     for decay in decays:
@@ -92,24 +122,26 @@ def test_a_decay_of_minus_infinity_forgets(backend):
     assert relative_error(output, expected) < 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("with_state", [False, True], ids=["from-zero", "from-state"])
 @pytest.mark.parametrize("tokens", [1, 20, 67])
 def test_one_direction(tokens, with_state, reverse, backend):
-    *inputs, _ = make_inputs(2, tokens, 2, 16, 24)
-    states = [torch.randn(2, 2, 16, 24)] if with_state else []
+    batch = heads = 1 if backend == "triton" and tokens > 1 else 2
+    *inputs, _ = make_inputs(batch, tokens, heads, 16, 24)
+    states = [torch.randn(batch, heads, 16, 24)] if with_state else []
     function = scan_with_state if with_state else gated_scan
-    for dtype in DTYPES:
+    for dtype in DTYPES_OF[backend]:
         check(function, [*inputs, *states], backend, dtype, reverse=reverse, scale=0.3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy, in the interpreter: 1 / (1 + exp(100)) = 0
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 @pytest.mark.parametrize("spread", [1.0, 30.0], ids=["usual", "saturated"])
 def test_gate_logits(spread, backend):
-    query, key, value, _, _ = make_inputs(1, 70, 2, 16, 16)
+    query, key, value, _, _ = make_inputs(1, *tokens_and_heads(backend), 16, 16)
     logits = [spread * torch.randn(query.shape) for _ in range(2)]
-    for dtype in DTYPES:
+    for dtype in DTYPES_OF[backend]:
         check(bidirectional_gated_scan, [query, key, value, *logits], backend, dtype, logit_normalizer=16.0)
         check(gated_scan, [query, key, value, logits[0]], backend, dtype, logit_normalizer=2.0)
 
@@ -153,42 +185,41 @@ def test_batch_position_does_not_matter(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_and_broadcast_inputs(backend):
-    batch, tokens, heads, dim = 2, 35, 2, 16
-    fused = torch.randn(batch, tokens, heads, 2 * dim)
-    query, key = fused[..., :dim], fused[..., dim:].flip(-1)[..., ::2].repeat_interleave(2, -1)
-    value = torch.randn(batch, dim, heads, tokens).permute(0, 3, 2, 1)
-    shared = gates("usual", (1, 1, heads, dim)).expand(batch, tokens, heads, dim)
-    strided = gates("usual", (heads, dim, tokens, batch)).permute(3, 2, 0, 1)
-    views = [query, key, value, shared, strided]
+    views = strided_views(2, 35, 2, 16)
     output = bidirectional_gated_scan(*views, backend=backend)
     assert relative_error(output, bidirectional_gated_scan(*(x.double() for x in views), backend="reference")) < 2e-6
     leaves = [x.detach().requires_grad_() for x in views]
-    grad = torch.randn(batch, tokens, heads, 1).expand(batch, tokens, heads, dim)
+    grad = torch.randn(2, 35, 2, 1).expand(2, 35, 2, 16)
     gradients = torch.autograd.grad(bidirectional_gated_scan(*leaves, backend=backend), leaves, grad)
     copies = [x.detach().contiguous().requires_grad_() for x in views]
     expected = torch.autograd.grad(bidirectional_gated_scan(*copies, backend=backend), copies, grad.contiguous())
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS, TRITON])
 @pytest.mark.parametrize("shape", [(2, 0, 2), (0, 5, 2), (1, 5, 0)], ids=["N0", "B0", "H0"])
 def test_nothing_to_scan(shape, backend):
     batch, tokens, heads = shape
     inputs = make_inputs(batch, tokens, heads, 8, 4)
     check(bidirectional_gated_scan, inputs, backend)
-    check(scan_with_state, [*inputs[:4], torch.randn(batch, heads, 8, 4)], backend)
+    state = torch.randn(batch, heads, 8, 4, requires_grad=True)
+    check(scan_with_state, [*inputs[:4], state], backend)
+    output, final_state = scan_with_state(*inputs[:4], state, backend=backend)
+    assert output.shape == (*shape, 4)
+    assert torch.equal(final_state, state)
+    assert torch.equal(*torch.autograd.grad(final_state, state, grad := torch.randn_like(state)), grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], **dtype_id)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 def test_half_precision_inputs_keep_float32_sums(backend, dtype):
-    leaves = [x.to(dtype).requires_grad_() for x in make_inputs(1, 70, 2, 16, 16)]
+    leaves = [x.to(dtype).requires_grad_() for x in make_inputs(1, *tokens_and_heads(backend), 16, 16)]
     output = bidirectional_gated_scan(*leaves, backend=backend)
     gradients = torch.autograd.grad(output.float().sum(), leaves)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = bidirectional_gated_scan(*exact, backend="reference")
     expected_gradients = torch.autograd.grad(expected.sum(), exact)
-    rounding = torch.finfo(dtype).eps
+    rounding = torch.finfo(dtype).eps  # Triton's interpreter multiplies in float32 too: only results are rounded
     assert output.dtype == dtype
     assert relative_error(output, expected) < rounding
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
@@ -216,12 +247,14 @@ def test_gradcheck(backend, normalizer):
     assert torch.autograd.gradcheck(lambda *x: scan_with_state(*x, reverse=True, **options), [*inputs[:4], state])
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("backend", ["native", TRITON])
+def test_operators_pass_opcheck(backend):
     leaves = [x.requires_grad_() for x in make_inputs(1, 5, 1, 8, 8)]
-    torch.library.opcheck(operators.bidirectional_gated_scan, (*leaves, 0.3, 16.0, "native"))
+    torch.library.opcheck(operators.bidirectional_gated_scan, (*leaves, 0.3, 16.0, backend))
     state = torch.randn(1, 1, 8, 8, requires_grad=True)
-    torch.library.opcheck(operators.gated_scan, (*leaves[:4], state, 0.3, 16.0, True, "native"))
-    torch.library.opcheck(operators.gated_scan, (*leaves[:4], None, 0.3, 16.0, False, "native"))
+    for normalizer in (0.0, 16.0):
+        torch.library.opcheck(operators.gated_scan, (*leaves[:4], state, 0.3, normalizer, True, backend))
+    torch.library.opcheck(operators.gated_scan, (*leaves[:4], None, 0.3, 16.0, False, backend))
 
 
 def test_compiles_without_graph_breaks():
@@ -275,7 +308,7 @@ def test_mismatched_shapes_are_named(changes, message):
     ],
     ids=["positive", "nan"],
 )
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS, TRITON])
 def test_impossible_decays_are_named(value, message, backend):
     inputs = make_inputs(1, 4, 1, 8, 8)
     inputs[3][0, 2, 0, 5] = value
