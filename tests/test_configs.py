@@ -21,6 +21,10 @@ def printed_configuration(path, capsys):
     return yaml.safe_load(printed.out)
 
 
+def test_no_yaml_is_left_out():
+    assert {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")} == {*VISION}
+
+
 @pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
 def test_vision_yaml_is_a_valid_configuration(path, capsys):
     settings = printed_configuration(path, capsys)

@@ -1,4 +1,4 @@
-"""The counter reproduces known counts: GMACs at 224 of torch's counter on the official code, plus the scan's formula."""
+"""The counter reproduces known counts: GMACs at 224 of the official code by torch's counter, plus the scan's formula."""
 
 import pytest
 import timm
