@@ -1,4 +1,4 @@
-"""The counter reproduces known counts: GMACs at 224 of the official code by torch's counter, plus the scan's formula."""
+"""The counter reproduces known counts: GMACs of the official code at 224 by torch's counter, and the scan's formula."""
 
 import pytest
 import timm
