@@ -19,7 +19,7 @@ _HOME_OF = {
     "use_backend": "kernels.backend",
 }
 
-__all__ = [*_HOME_OF, "SUITE", "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME_OF, "SUITE", "__version__"]
 
 
 def __getattr__(name: str):

@@ -8,7 +8,6 @@ fused for inference (`model.fuse()`), DeiT as timm builds it (fused attention). 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,19 +138,25 @@ def measure_precision(threads: int, seconds: float) -> list[dict]:
     ]
 
 
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (at most so far) of this process, as Linux tells it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
 def peak_memory_of_training_step(name: str, fused_attention: bool) -> int:
-    """Bytes that a second training step at `MEMORY_SIZE` adds to a process that holds model and images."""
+    """Bytes that a training step at `MEMORY_SIZE` adds, at most, to a process that holds model and images."""
     model = build(name, MEMORY_SIZE, training=True)
     if not fused_attention:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
-    images = torch.randn(1, 3, MEMORY_SIZE, MEMORY_SIZE)
-    with torch.no_grad():  # what the libraries allocate once is no part of a step
-        build(name, 224)(torch.randn(1, 3, 224, 224))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    training_step(model, images, torch.get_num_threads())()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    training_step(build(name, 64, training=True), torch.randn(1, 3, 64, 64), 1)()  # what libraries allocate but once
+    step = training_step(model, torch.randn(1, 3, MEMORY_SIZE, MEMORY_SIZE), torch.get_num_threads())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident_bytes("VmRSS")
+    step()
+    return resident_bytes("VmHWM") - before
 
 
 def measure_memory() -> list[dict]:

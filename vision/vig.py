@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from vision.gated_linear_attention import (
     GatedLinearAttention,
+    GatedMLP,
     RMSNorm,
     fuse_for_inference,
-    gated_mlp,
     refuse_training_when_fused,
 )
 from vision.patch_embedding import PatchEmbed, as_pair, position_for_grid, resize_position_embedding
@@ -80,16 +80,16 @@ class Block(nn.Module):
             dim, num_heads, convolution_activation=activation, output_activation=activation, **dd
         )
         self.mlp_norm = RMSNorm(dim, **dd)
-        self.mlp = gated_mlp(dim, 256 * -(-int(8 * dim / 3) // 256), ("gate_proj", "down_proj"), **dd)
+        self.mlp = GatedMLP(dim, 256 * -(-int(8 * dim / 3) // 256), ("gate_proj", "down_proj"), **dd)
         scaled = init_values is not None
         self.gamma1 = nn.Parameter(torch.full((dim,), init_values, **dd)) if scaled else None
         self.gamma2 = nn.Parameter(torch.full((dim,), init_values, **dd)) if scaled else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.attn(self.attn_norm(x))
+        mixed = self.attn(x, self.attn_norm)
         x = x + self.drop_path(mixed if self.gamma1 is None else mixed * self.gamma1)
-        mixed = self.mlp(self.mlp_norm(x))
+        mixed = self.mlp(x, self.mlp_norm)
         return x + self.drop_path(mixed if self.gamma2 is None else mixed * self.gamma2)
 
 
@@ -216,7 +216,7 @@ class ViG(nn.Module):
             self.grid_size = grid
 
     def fuse(self) -> "ViG":
-        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_for_inference`."""
+        """Merge the projections of every mixer into one product, for inference only; see `fuse_for_inference`."""
         return fuse_for_inference(self)
 
     def train(self, mode: bool = True) -> "ViG":

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vision.gated_linear_attention import (
     ChannelsLastConv2d,
     GatedLinearAttention,
+    GatedMLP,
     fuse_for_inference,
-    gated_mlp,
     refuse_training_when_fused,
 )
 from vision.patch_embedding import check_images
@@ -59,16 +59,16 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
         self.op = GatedLinearAttention(dim, num_heads, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = gated_mlp(dim, 32 * -(-int(8 * dim / 3) // 32), ("fc1", "fc2"), **dd)
+        self.mlp = GatedMLP(dim, 32 * -(-int(8 * dim / 3) // 32), ("fc1", "fc2"), **dd)
         scaled = init_values is not None
         self.gamma1 = nn.Parameter(torch.full((dim,), init_values, **dd)) if scaled else None
         self.gamma2 = nn.Parameter(torch.full((dim,), init_values, **dd)) if scaled else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.op(self.norm(x))
+        mixed = self.op(x, self.norm)
         x = x + self.drop_path(mixed if self.gamma1 is None else mixed * self.gamma1)
-        mixed = self.mlp(self.norm2(x))
+        mixed = self.mlp(x, self.norm2)
         return x + self.drop_path(mixed if self.gamma2 is None else mixed * self.gamma2)
 
 
@@ -202,7 +202,7 @@ class HierarchicalViG(nn.Module):
         self.classifier["head"] = head
 
     def fuse(self) -> "HierarchicalViG":
-        """Merge the projections of every mixer into one matrix product, for inference only; see `fuse_for_inference`."""
+        """Merge the projections of every mixer into one product, for inference only; see `fuse_for_inference`."""
         return fuse_for_inference(self)
 
     def train(self, mode: bool = True) -> "HierarchicalViG":

@@ -125,7 +125,8 @@ def _mix_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _evenly_spaced(gate_logits: Tensor) -> tuple[Tensor, int]:
-    """`gate_logits` (B, N, H, V) with adjacent heads and evenly spaced tokens, as in a slice of channels, and the space."""
+    """`gate_logits` (B, N, H, V) with adjacent heads and evenly spaced tokens (a slice of channels has them), and the
+    elements between tokens."""
     batch, tokens, heads, width = gate_logits.shape
     stride = gate_logits.stride()
     between_tokens = stride[1] if tokens > 1 else stride[0]

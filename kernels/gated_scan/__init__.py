@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.backend import resolve_backend
 from kernels.gated_scan import chunked, operators, reference
+from kernels.gated_scan.arguments import check_arguments, check_decays, check_tensor
 
 __all__ = ["bidirectional_gated_scan", "gated_scan", "log_decay_from_logits"]
 
@@ -56,12 +57,14 @@ def bidirectional_gated_scan(
         (B, N, H, V) in the dtype of `value`; sums are taken in float32 at least.
 
     Raises:
-        ValueError: shapes, devices or dtypes do not fit, a log decay is positive or NaN, or a parameter is out of range.
+        ValueError: shapes, devices or dtypes do not fit, a log decay is positive or NaN, or an option is out of range.
         RuntimeError: the named backend cannot run here.
     """
     decays = {"log_decay_forward": log_decay_forward, "log_decay_backward": log_decay_backward}
-    scale = _check(query, key, value, decays, scale, logit_normalizer)
+    scale = check_arguments(query, key, value, decays, scale, logit_normalizer)
     backend = resolve_backend("bidirectional_gated_scan", query.device, backend)
+    if logit_normalizer is None and backend != "native":
+        check_decays(decays)
     if backend in ("native", "triton"):
         function = operators.bidirectional_gated_scan
         return function(
@@ -104,11 +107,13 @@ def gated_scan(
         ValueError, RuntimeError: as in `bidirectional_gated_scan`.
     """
     decays = {"log_decay": log_decay}
-    scale = _check(query, key, value, decays, scale, logit_normalizer)
+    scale = check_arguments(query, key, value, decays, scale, logit_normalizer)
     if initial_state is not None:
         expected = (query.shape[0], query.shape[2], query.shape[3], value.shape[3])
-        _check_tensor("initial_state", initial_state, expected, query)
+        check_tensor("initial_state", initial_state, expected, query)
     backend = resolve_backend("gated_scan", query.device, backend)
+    if logit_normalizer is None and backend != "native":
+        check_decays(decays)
     if backend in ("native", "triton"):
         normalizer = logit_normalizer or 0.0
         return operators.gated_scan(query, key, value, log_decay, initial_state, scale, normalizer, reverse, backend)
@@ -117,43 +122,6 @@ def gated_scan(
     tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer), *states)
     output, final_state = plain(*tensors[:4], scale, reverse, tensors[4] if states else None)
     return output.to(value.dtype), final_state
-
-
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, decays: dict[str, Tensor], scale: float | None, normalizer: float | None
-) -> float:
-    """Raise `ValueError` for arguments that do not fit; return the scale to use."""
-    if query.dim() != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it must be (batch, tokens, heads, key_dim)")
-    if value.dim() != 4:
-        raise ValueError(f"value has shape {tuple(value.shape)}; it must be (batch, tokens, heads, value_dim)")
-    _check_tensor("query", query, tuple(query.shape), query)
-    _check_tensor("key", key, tuple(query.shape), query)
-    _check_tensor("value", value, (*query.shape[:3], value.shape[3]), query)
-    for name, decay in decays.items():
-        _check_tensor(name, decay, tuple(query.shape), query)
-    if normalizer is not None and not normalizer > 0:
-        raise ValueError(f"logit_normalizer is {normalizer}; it must be positive (ViG uses 16), or None for log decays")
-    if normalizer is None and not torch.compiler.is_compiling():
-        for name, decay in decays.items():
-            if decay.numel() and not bool((decay.detach() <= 0).all()):
-                raise ValueError(f"{name} holds {_worst_decay(decay)}; log decays must be <= 0 and not NaN")
-    if scale is not None and not torch.compiler.is_compiling() and scale != scale:
-        raise ValueError("scale is NaN; it must be a number, or None for key_dim ** -0.5")
-    return float(max(query.shape[3], 1)) ** -0.5 if scale is None else float(scale)
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with query {tuple(query.shape)} it must be {shape}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-
-
-def _worst_decay(decay: Tensor) -> str:
-    return "NaN" if bool(decay.isnan().any()) else f"{decay.max().item():g}"
 
 
 def _log_decays(decays: dict[str, Tensor], normalizer: float | None) -> list[Tensor]:

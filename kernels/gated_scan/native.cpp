@@ -11,7 +11,8 @@
 //
 // The decays are folded into the operands that have the key dimension. Within a run of tokens let P_t be the product of
 // the decays since the run's first token; then S_t = P_t * S'_t where S' decays no more, writing with k_t / P_t and reading
-// with q_t * P_t: two multiply-adds an element instead of three operations. A run ends before any P gets too small, where the state is scaled and P starts at 1 again, so gates of any strength are exact.
+// with q_t * P_t: two multiply-adds an element instead of three operations. A run ends before any P gets too small, where
+// the state is scaled and P starts at 1 again, so gates of any strength are exact.
 //
 // The gradient of the log decays takes the chunk-end form: within a block, from its last token to its first,
 // dg_t = sum_{r >= t} (q_r dq_r - k_r dk_r) + sum_v S_end * dS_end, dq and dk being this direction's own.
@@ -24,43 +25,51 @@
 
 namespace {
 
-// How the work is divided: a task is one (batch, head) with all its directions, or one (batch, head, direction, segment).
+// How the work is divided; a chain is one (batch, head, direction).
+//
+// Whole heads: a task is one (batch, head), its directions one after the other.
+// Halves, where heads are few: all chains run at once. Each takes the half of the tokens where it starts, and after a
+// barrier the other half, adding to what the other direction has left there: no copies, no second buffer.
+// Parts, where even chains are few: each half is cut further; a pass without outputs finds the parts' entry states.
 struct Division {
-    int directions, segments, threads;
-    bool paired;
+    int64_t tokens, heads, chains;
+    int directions, parts_in_half = 1;
+    bool whole_heads = true;
 
-    Division(const Problem& p, int threads) : directions(p.directions == 3 ? 2 : 1), segments(1), threads(threads), paired(true) {
-        const int64_t heads = p.sizes.batch * p.sizes.heads;
-        if (heads >= 4 * threads || threads == 1) return;
-        // A second segment costs half as much again: its entry state needs a pass without outputs.
+    Division(const Problem& p, int threads)
+        : tokens(p.sizes.tokens), heads(p.sizes.batch * p.sizes.heads), directions(p.directions == 3 ? 2 : 1), mask_(p.directions) {
+        chains = heads * directions;
         const auto rounds = [&](int64_t tasks) { return double((tasks + threads - 1) / threads); };
         double best = rounds(heads) * directions;
-        if (const double split = rounds(heads * directions); split < best) {
-            best = split;
-            paired = false;
-        }
-        for (int n = 2; p.sizes.tokens / n >= 4 * BLOCK && n <= 4 * threads; n *= 2)
-            if (const double time = 1.5 * rounds(heads * directions * n) / n; time < best) {
+        if (heads >= 4 * threads) return;
+        for (int n = 1; n <= 4 * threads && (n == 1 || tokens / (2 * n) >= 4 * BLOCK); n *= 2)
+            if (const double time = (n > 1 ? 1.5 : 1.0) * rounds(chains * n) / n; time < best) {
                 best = time;
-                segments = n;
-                paired = false;
+                parts_in_half = n;
+                whole_heads = false;
             }
     }
-    int64_t segment_start(int64_t tokens, int segment) const {
-        const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
-        return std::min(tokens, blocks * segment / segments * BLOCK);
+    int parts() const { return 2 * parts_in_half; }
+    int direction(int64_t chain) const { return mask_ == 3 ? int(chain % 2) : int(mask_ == 2); }
+    // Where a part begins in scan order; part i of one direction holds the tokens of part parts() - 1 - i of the other.
+    int64_t start(int64_t chain, int part) const {
+        return direction(chain) ? tokens - tokens * (parts() - part) / parts() : tokens * part / parts();
     }
+    int64_t blocks_in_part() const { return (tokens / parts() + 1 + BLOCK - 1) / BLOCK; }
+
+  private:
+    int mask_;
 };
 
-// Entry states of all segments: `local` holds each segment's state from a zero entry, `decay` its total decay by key
-// channel; on return `local` holds what enters each segment. In a transposed state the key channels are columns.
+// What enters each part of a chain: on entry `local` holds each part's state from zero and `decay` its total decay by key
+// channel, `entry` what enters the first part met. In a transposed state the key channels are columns.
 template <typename T>
-void carry_between_segments(T* local, const T* decay, T* entry, int64_t key, int64_t value, int segments, bool ascending, bool transposed) {
+void carry_between_parts(T* local, const T* decay, T* entry, int64_t key, int64_t value, int parts, bool ascending, bool transposed) {
     const int64_t size = key * value;
-    for (int i = 0; i < segments; i++) {
-        const int segment = ascending ? i : segments - 1 - i;
-        T* state = local + segment * size;
-        const T* factor = decay + segment * key;
+    for (int i = 0; i < parts; i++) {
+        const int part = ascending ? i : parts - 1 - i;
+        T* state = local + part * size;
+        const T* factor = decay + part * key;
         for (int64_t j = 0; j < size; j++) {
             const T leaving = state[j] + entry[j] * factor[transposed ? j % key : j / value];
             state[j] = entry[j];
@@ -69,224 +78,246 @@ void carry_between_segments(T* local, const T* decay, T* entry, int64_t key, int
     }
 }
 
-template <typename T> bool run_forward(const Problem& p, int threads) {
+enum Outcome { DONE = 0, NO_MEMORY = 1, BAD_DECAY = 2 };  // BAD_DECAY << direction
+
+// Regions of one allocation.
+class Plan {
+  public:
+    int64_t add(int64_t count) {
+        const int64_t offset = total_;
+        total_ += (count + 15) / 16 * 16;
+        return offset;
+    }
+    int64_t total() const { return total_; }
+
+  private:
+    int64_t total_ = 0;
+};
+
+template <typename T> int run_forward(const Problem& p, int threads) {
     const Sizes& z = p.sizes;
     const Division division(p, threads);
-    const int64_t heads = z.batch * z.heads, k = padded<T>(z.key_dim), v = padded<T>(z.value_dim);
-    const int64_t per_thread = Scan<T>::scratch(z) + (division.paired ? z.tokens * v : 0);
-    const int64_t tasks = heads * division.directions * division.segments;
-    const int64_t segment_states = division.segments > 1 ? tasks * (k * v + k) : 0;
-    const int64_t buffers = division.paired ? 0 : division.directions * heads * z.tokens * v;
-    static thread_local Workspace workspace;
-    T* memory = workspace.get<T>(threads * per_thread + segment_states + buffers);
-    if (!memory) return false;
-    T* states = memory + threads * per_thread;
-    T* decays = states + (division.segments > 1 ? tasks * k * v : 0);
-    T* sums = states + segment_states;
-    const auto direction_of = [&](int64_t i) { return p.directions == 3 ? int(i) : int(p.directions == 2); };
+    const int64_t k = padded<T>(z.key_dim), v = padded<T>(z.value_dim), size = k * v, parts = division.parts();
+    const bool direct = Rows<T>(p.output, 0, 0, z.value_dim).direct() != nullptr;
+    const int64_t sums_of_one = direct ? 0 : z.tokens * v, several = division.parts_in_half > 1;
 
-    const auto write_output = [&](const Scan<T>& scan, const T* first, const T* second, int64_t from, int64_t to) {
-        const Rows<T> output = scan.rows(p.output, z.value_dim);
-        output.write(from, to - from, 1, first + from * v, second ? second + from * v : nullptr);
-    };
+    Plan plan;
+    const int64_t per_thread = Scan<T>::scratch(z) + (division.whole_heads ? sums_of_one : 0);
+    const int64_t at_threads = plan.add(threads * per_thread);
+    const int64_t at_entries = plan.add(division.whole_heads ? 0 : division.chains * parts * size);
+    const int64_t at_decays = plan.add(several ? division.chains * parts * k : 0);
+    const int64_t at_sums = plan.add(division.whole_heads ? 0 : division.heads * sums_of_one);
+    static thread_local Workspace workspace;
+    T* memory = workspace.get<T>(plan.total());
+    if (!memory) return NO_MEMORY;
+    int bad_decays = 0;
 
 #pragma omp parallel num_threads(threads)
     {
-        T* own = memory + omp_get_thread_num() * per_thread;
+        T* own = memory + at_threads + omp_get_thread_num() * per_thread;
         Scan<T> scan(p, own);
-        if (division.paired) {
+        const auto choose = [&](int64_t chain) {
+            const int64_t bh = chain / division.directions;
+            scan.choose(bh / z.heads, bh % z.heads, division.direction(chain));
+        };
+        // Where the outputs of the chosen head go: to where they belong, or to a buffer of T.
+        const auto output = [&](T* buffer) -> Operand<T> {
+            const Rows<T> rows = scan.rows(p.output, z.value_dim);
+            return direct ? Operand<T>{rows.direct(), rows.stride()} : Operand<T>{buffer, v};
+        };
+
+        if (division.whole_heads) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t bh = 0; bh < heads; bh++) {
-                const int64_t batch = bh / z.heads, head = bh % z.heads;
-                T* out = own + Scan<T>::scratch(z);
-                int64_t stride = v;
-                scan.choose(batch, head, 0);
-                const Rows<T> output = scan.rows(p.output, z.value_dim);
-                const bool direct = output.direct() != nullptr;
-                if (direct) out = output.direct(), stride = output.stride();
+            for (int64_t bh = 0; bh < division.heads; bh++) {
+                T* buffer = own + Scan<T>::scratch(z);
                 for (int d = 0; d < division.directions; d++) {
-                    scan.choose(batch, head, direction_of(d));
+                    choose(bh * division.directions + d);
                     scan.read_state(p.initial_state, scan.state(0));
-                    scan.forward(0, z.tokens, scan.state(0), out, stride, d > 0);
+                    scan.forward(0, z.tokens, scan.state(0), output(buffer), d > 0);
                     if (p.final_state.data) scan.write_state(p.final_state, scan.state(0));
                 }
-                if (!direct) write_output(scan, out, nullptr, 0, z.tokens);
+                if (!direct) scan.rows(p.output, z.value_dim).write(0, z.tokens, 1, buffer);
             }
         } else {
-            if (division.segments > 1) {
+            T *entries = memory + at_entries, *decays = memory + at_decays, *sums = memory + at_sums;
+            if (several) {
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t i = 0; i < tasks; i++) {
-                    const int64_t chain = i / division.segments, bh = chain / division.directions;
-                    const int segment = int(i % division.segments);
-                    const int64_t s0 = division.segment_start(z.tokens, segment), s1 = division.segment_start(z.tokens, segment + 1);
-                    scan.choose(bh / z.heads, bh % z.heads, direction_of(chain % division.directions));
-                    scan.zero(states + i * k * v);
-                    if (segment + 1 < division.segments) scan.forward(s0, s1, states + i * k * v, nullptr, 0, true);
+                for (int64_t i = 0; i < division.chains * parts; i++) {
+                    const int64_t chain = i / parts, part = i % parts;
+                    const int64_t s0 = division.start(chain, part), s1 = division.start(chain, part + 1);
+                    choose(chain);
+                    scan.zero(entries + i * size);
+                    if (part + 1 < parts) scan.forward(s0, s1, entries + i * size, {nullptr, 0}, true);
                     scan.total_decay(s0, s1, decays + i * k);
                 }
 #pragma omp for
-                for (int64_t chain = 0; chain < heads * division.directions; chain++) {
-                    const int64_t bh = chain / division.directions, i = chain * division.segments;
-                    scan.choose(bh / z.heads, bh % z.heads, direction_of(chain % division.directions));
+                for (int64_t chain = 0; chain < division.chains; chain++) {
+                    choose(chain);
                     scan.read_state(p.initial_state, scan.state(0));
-                    carry_between_segments(states + i * k * v, decays + i * k, scan.state(0), k, v, division.segments, true, false);
+                    carry_between_parts(entries + chain * parts * size, decays + chain * parts * k, scan.state(0), k, v, parts, true, false);
                 }
             }
+            for (int half = 0; half < 2; half++) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < tasks; i++) {
-                const int64_t chain = i / division.segments, bh = chain / division.directions, d = chain % division.directions;
-                const int segment = int(i % division.segments);
-                T* state = scan.state(0);
-                scan.choose(bh / z.heads, bh % z.heads, direction_of(d));
-                if (division.segments > 1)
-                    std::copy(states + i * k * v, states + (i + 1) * k * v, state);
-                else
-                    scan.read_state(p.initial_state, state);
-                T* out = sums + (d * heads + bh) * z.tokens * v;
-                scan.forward(division.segment_start(z.tokens, segment), division.segment_start(z.tokens, segment + 1), state, out, v, false);
-                if (p.final_state.data && segment + 1 == division.segments) scan.write_state(p.final_state, state);
+                for (int64_t i = 0; i < division.chains * division.parts_in_half; i++) {
+                    const int64_t chain = i / division.parts_in_half, bh = chain / division.directions;
+                    const int64_t part = half * division.parts_in_half + i % division.parts_in_half;
+                    T* state = entries + (chain * parts + part) * size;
+                    choose(chain);
+                    if (part == 0) scan.read_state(p.initial_state, state);
+                    scan.forward(division.start(chain, part), division.start(chain, part + 1), state, output(sums + bh * sums_of_one),
+                                 half == 1 && division.directions == 2);
+                    if (!several && part == 0) std::copy(state, state + size, state + size);
+                    if (p.final_state.data && part + 1 == parts) scan.write_state(p.final_state, state);
+                }
             }
-            const int64_t pieces = (z.tokens + 255) / 256;
+            if (!direct) {
 #pragma omp for
-            for (int64_t i = 0; i < heads * pieces; i++) {
-                const int64_t bh = i / pieces, from = i % pieces * 256;
-                scan.choose(bh / z.heads, bh % z.heads, 0);
-                const T* first = sums + bh * z.tokens * v;
-                write_output(scan, first, division.directions == 2 ? first + heads * z.tokens * v : nullptr, from,
-                             std::min(z.tokens, from + 256));
+                for (int64_t bh = 0; bh < division.heads; bh++) {
+                    choose(bh * division.directions);
+                    scan.rows(p.output, z.value_dim).write(0, z.tokens, 1, sums + bh * sums_of_one);
+                }
             }
         }
+#pragma omp atomic
+        bad_decays |= scan.bad_decays();
     }
-    return true;
+    return bad_decays * BAD_DECAY;
 }
 
-template <typename T> bool run_backward(const Problem& p, int threads) {
+template <typename T> int run_backward(const Problem& p, int threads) {
     const Sizes& z = p.sizes;
     const Division division(p, threads);
-    const int64_t heads = z.batch * z.heads, k = padded<T>(z.key_dim), v = padded<T>(z.value_dim);
-    const int64_t blocks = (z.tokens + BLOCK - 1) / BLOCK, size = k * v;
-    const int64_t own_query = z.tokens * k, sums_of_one = z.tokens * (2 * k + v);
-    const int64_t per_thread = Scan<T>::scratch(z) + own_query + blocks * size + (division.paired ? sums_of_one : 0);
-    const int64_t tasks = heads * division.directions * division.segments;
-    const int64_t segment_states = division.segments > 1 ? tasks * 2 * (size + k) : 0;
-    const int64_t buffers = division.paired ? 0 : division.directions * heads * sums_of_one;
-    static thread_local Workspace workspace;
-    T* memory = workspace.get<T>(threads * per_thread + segment_states + buffers);
-    if (!memory) return false;
-    T* entries = memory + threads * per_thread;            // state^T that enters each segment
-    T* grad_entries = entries + (segment_states ? tasks * size : 0);  // grad_state^T that reaches its last token
-    T* decays = entries + (segment_states ? 2 * tasks * size : 0);
-    T* grad_decays = decays + (segment_states ? tasks * k : 0);
-    T* sums = entries + segment_states;
-    const auto direction_of = [&](int64_t i) { return p.directions == 3 ? int(i) : int(p.directions == 2); };
+    const int64_t k = padded<T>(z.key_dim), v = padded<T>(z.value_dim), size = k * v, parts = division.parts();
+    const int64_t queries = z.tokens * k, sums_of_one = z.tokens * (2 * k + v), several = division.parts_in_half > 1;
+    const int64_t blocks = division.whole_heads ? (z.tokens + BLOCK - 1) / BLOCK : division.blocks_in_part();
 
-    const auto read_transposed = [&](Scan<T>& scan, const Tensor& tensor, T* state, T* buffer) {
-        scan.read_state(tensor, buffer);
-        scan.transpose(buffer, k, v, state);
-    };
-    // Gradients of one chain's tokens s0..s1; on entry state(0) is state^T, state(1) grad_state^T.
-    const auto gradients = [&](Scan<T>& scan, T* own, int64_t s0, int64_t s1, T* to, bool accumulate) {
-        T *grad_query = own + Scan<T>::scratch(z), *block_states = grad_query + own_query;
-        scan.forward_transposed(s0, s1, scan.state(0), grad_query, block_states);
-        scan.transpose(scan.state(1), v, k, scan.state(2));
-        scan.backward(s0, s1, scan.state(1), scan.state(2), grad_query, block_states, to, to + z.tokens * k, to + 2 * z.tokens * k,
-                      accumulate);
-        if (s0 == 0 && p.grad_initial_state.data) {
-            if (z.tokens) {
-                scan.decay_of_first(scan.state(0));
-                scan.scale_columns(scan.state(1), scan.state(0));
-            }
-            scan.transpose(scan.state(1), v, k, scan.state(2));
-            scan.write_state(p.grad_initial_state, scan.state(2));
-        }
-    };
-    const auto write_gradients = [&](const Scan<T>& scan, const T* first, const T* second, int64_t from, int64_t to) {
-        const auto write = [&](const Tensor& tensor, int64_t width, int64_t offset) {
-            const Rows<T> target = scan.rows(tensor, width);
-            const int64_t start = offset + from * padded<T>(width);
-            target.write(from, to - from, 1, first + start, second ? second + start : nullptr);
-        };
-        write(p.grad_query, z.key_dim, 0);
-        write(p.grad_key, z.key_dim, z.tokens * k);
-        write(p.grad_value, z.value_dim, 2 * z.tokens * k);
-    };
+    Plan plan;
+    const int64_t per_thread = Scan<T>::scratch(z) + (division.whole_heads ? queries + blocks * size + sums_of_one : 0);
+    const int64_t chains = division.whole_heads ? 0 : division.chains, all_parts = chains * parts;
+    const int64_t at_threads = plan.add(threads * per_thread);
+    const int64_t at_entries = plan.add(all_parts * size), at_grad_entries = plan.add(all_parts * size);
+    const int64_t at_decays = plan.add(several ? all_parts * k : 0), at_grad_decays = plan.add(several ? all_parts * k : 0);
+    const int64_t at_queries = plan.add(chains * queries), at_states = plan.add(all_parts * blocks * size);
+    const int64_t at_sums = plan.add(division.whole_heads ? 0 : division.heads * sums_of_one);
+    static thread_local Workspace workspace;
+    T* memory = workspace.get<T>(plan.total());
+    if (!memory) return NO_MEMORY;
 
 #pragma omp parallel num_threads(threads)
     {
-        T* own = memory + omp_get_thread_num() * per_thread;
+        T* own = memory + at_threads + omp_get_thread_num() * per_thread;
         Scan<T> scan(p, own);
-        if (division.paired) {
+        const auto choose = [&](int64_t chain) {
+            const int64_t bh = chain / division.directions;
+            scan.choose(bh / z.heads, bh % z.heads, division.direction(chain));
+        };
+        const auto read_transposed = [&](const Tensor& tensor, T* state) {
+            scan.read_state(tensor, scan.state(2));
+            scan.transpose(scan.state(2), k, v, state);
+        };
+        // Gradients of tokens s0..s1 of the chosen chain, given what forward_transposed left of them.
+        const auto gradients = [&](int64_t s0, int64_t s1, T* grad_state, const T* own_queries, const T* states, T* to, bool accumulate) {
+            scan.transpose(grad_state, v, k, scan.state(2));
+            scan.backward(s0, s1, grad_state, scan.state(2), own_queries, states, to, to + queries, to + 2 * queries, accumulate);
+        };
+        const auto write_initial_gradient = [&](T* grad_state) {
+            if (!p.grad_initial_state.data) return;
+            scan.decay_of_first(scan.state(0));
+            scan.scale_columns(grad_state, scan.state(0));
+            scan.transpose(grad_state, v, k, scan.state(2));
+            scan.write_state(p.grad_initial_state, scan.state(2));
+        };
+        const auto write_gradients = [&](const T* sums) {
+            scan.rows(p.grad_query, z.key_dim).write(0, z.tokens, 1, sums);
+            scan.rows(p.grad_key, z.key_dim).write(0, z.tokens, 1, sums + queries);
+            scan.rows(p.grad_value, z.value_dim).write(0, z.tokens, 1, sums + 2 * queries);
+        };
+
+        if (division.whole_heads) {
+            T *own_queries = own + Scan<T>::scratch(z), *states = own_queries + queries, *sums = states + blocks * size;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t bh = 0; bh < heads; bh++) {
-                T* to = own + per_thread - sums_of_one;
+            for (int64_t bh = 0; bh < division.heads; bh++) {
                 for (int d = 0; d < division.directions; d++) {
-                    scan.choose(bh / z.heads, bh % z.heads, direction_of(d));
-                    read_transposed(scan, p.initial_state, scan.state(0), scan.state(2));
-                    read_transposed(scan, p.grad_final_state, scan.state(1), scan.state(2));
-                    gradients(scan, own, 0, z.tokens, to, d > 0);
+                    choose(bh * division.directions + d);
+                    read_transposed(p.initial_state, scan.state(0));
+                    read_transposed(p.grad_final_state, scan.state(1));
+                    scan.forward_transposed(0, z.tokens, scan.state(0), own_queries, states);
+                    gradients(0, z.tokens, scan.state(1), own_queries, states, sums, d > 0);
+                    write_initial_gradient(scan.state(1));
                 }
-                write_gradients(scan, to, nullptr, 0, z.tokens);
+                write_gradients(sums);
             }
         } else {
-            if (division.segments > 1) {
+            T *entries = memory + at_entries, *grad_entries = memory + at_grad_entries, *sums = memory + at_sums;
+            if (several) {
+                T *decays = memory + at_decays, *grad_decays = memory + at_grad_decays;
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t i = 0; i < tasks; i++) {
-                    const int64_t chain = i / division.segments, bh = chain / division.directions;
-                    const int segment = int(i % division.segments);
-                    const int64_t s0 = division.segment_start(z.tokens, segment), s1 = division.segment_start(z.tokens, segment + 1);
-                    scan.choose(bh / z.heads, bh % z.heads, direction_of(chain % division.directions));
+                for (int64_t i = 0; i < all_parts; i++) {
+                    const int64_t chain = i / parts, part = i % parts;
+                    const int64_t s0 = division.start(chain, part), s1 = division.start(chain, part + 1);
+                    choose(chain);
                     scan.zero(entries + i * size);
                     scan.zero(grad_entries + i * size);
-                    if (segment + 1 < division.segments) scan.forward_transposed(s0, s1, entries + i * size, nullptr, nullptr);
-                    if (segment > 0) scan.backward_state(s0, s1, grad_entries + i * size);
+                    if (part + 1 < parts) scan.forward_transposed(s0, s1, entries + i * size, nullptr, nullptr);
+                    if (part > 0) scan.backward_state(s0, s1, grad_entries + i * size);
                     scan.total_decay(s0, s1, decays + i * k);
                     scan.total_decay(s0 + 1, std::min(s1 + 1, z.tokens), grad_decays + i * k);
                 }
 #pragma omp for
-                for (int64_t chain = 0; chain < heads * division.directions; chain++) {
-                    const int64_t bh = chain / division.directions, i = chain * division.segments;
-                    scan.choose(bh / z.heads, bh % z.heads, direction_of(chain % division.directions));
-                    read_transposed(scan, p.initial_state, scan.state(0), scan.state(2));
-                    carry_between_segments(entries + i * size, decays + i * k, scan.state(0), k, v, division.segments, true, true);
-                    read_transposed(scan, p.grad_final_state, scan.state(0), scan.state(2));
-                    carry_between_segments(grad_entries + i * size, grad_decays + i * k, scan.state(0), k, v, division.segments, false, true);
+                for (int64_t chain = 0; chain < chains; chain++) {
+                    const int64_t i = chain * parts;
+                    choose(chain);
+                    read_transposed(p.initial_state, scan.state(0));
+                    carry_between_parts(entries + i * size, decays + i * k, scan.state(0), k, v, parts, true, true);
+                    read_transposed(p.grad_final_state, scan.state(0));
+                    carry_between_parts(grad_entries + i * size, grad_decays + i * k, scan.state(0), k, v, parts, false, true);
                 }
             }
+            // The query's gradients and the states after each block: by parts, or a chain's two halves in turn.
+            const int64_t in_turn = several ? 1 : parts;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < tasks; i++) {
-                const int64_t chain = i / division.segments, bh = chain / division.directions, d = chain % division.directions;
-                const int segment = int(i % division.segments);
-                scan.choose(bh / z.heads, bh % z.heads, direction_of(d));
-                if (division.segments > 1) {
-                    std::copy(entries + i * size, entries + (i + 1) * size, scan.state(0));
-                    std::copy(grad_entries + i * size, grad_entries + (i + 1) * size, scan.state(1));
-                } else {
-                    read_transposed(scan, p.initial_state, scan.state(0), scan.state(2));
-                    read_transposed(scan, p.grad_final_state, scan.state(1), scan.state(2));
+            for (int64_t i = 0; i < all_parts / in_turn; i++)
+                for (int64_t j = i * in_turn; j < (i + 1) * in_turn; j++) {
+                    const int64_t chain = j / parts, part = j % parts;
+                    T* state = entries + j * size;
+                    choose(chain);
+                    if (part == 0) read_transposed(p.initial_state, state);
+                    scan.forward_transposed(division.start(chain, part), division.start(chain, part + 1), state,
+                                            memory + at_queries + chain * queries, memory + at_states + j * blocks * size);
+                    if (!several && part == 0) std::copy(state, state + size, state + size);
                 }
-                gradients(scan, own, division.segment_start(z.tokens, segment), division.segment_start(z.tokens, segment + 1),
-                          sums + (d * heads + bh) * sums_of_one, false);
+            for (int half = 1; half >= 0; half--) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < chains * division.parts_in_half; i++) {
+                    const int64_t chain = i / division.parts_in_half, part = half * division.parts_in_half + i % division.parts_in_half;
+                    const int64_t j = chain * parts + part;
+                    T* state = grad_entries + j * size;
+                    choose(chain);
+                    if (part + 1 == parts) read_transposed(p.grad_final_state, state);
+                    gradients(division.start(chain, part), division.start(chain, part + 1), state, memory + at_queries + chain * queries,
+                              memory + at_states + j * blocks * size, sums + chain / division.directions * sums_of_one,
+                              half == 0 && division.directions == 2);
+                    if (!several && part == 1) std::copy(state, state + size, state - size);
+                    if (part == 0) write_initial_gradient(state);
+                }
             }
-            const int64_t pieces = (z.tokens + 255) / 256;
 #pragma omp for
-            for (int64_t i = 0; i < heads * pieces; i++) {
-                const int64_t bh = i / pieces, from = i % pieces * 256;
-                scan.choose(bh / z.heads, bh % z.heads, 0);
-                const T* first = sums + bh * sums_of_one;
-                write_gradients(scan, first, division.directions == 2 ? first + heads * sums_of_one : nullptr, from,
-                                std::min(z.tokens, from + 256));
+            for (int64_t bh = 0; bh < division.heads; bh++) {
+                choose(bh * division.directions);
+                write_gradients(sums + bh * sums_of_one);
             }
         }
     }
-    return true;
+    return DONE;
 }
 
 }  // namespace
 
-// Both return 0, or 1 where memory ran out. `wide` computes in double.
+// Both return an Outcome. `wide` computes in double.
 extern "C" int gated_scan_forward(const Problem* problem, int wide, int threads) {
-    return (wide ? run_forward<double>(*problem, threads) : run_forward<float>(*problem, threads)) ? 0 : 1;
+    return wide ? run_forward<double>(*problem, threads) : run_forward<float>(*problem, threads);
 }
 extern "C" int gated_scan_backward(const Problem* problem, int wide, int threads) {
-    return (wide ? run_backward<double>(*problem, threads) : run_backward<float>(*problem, threads)) ? 0 : 1;
+    return wide ? run_backward<double>(*problem, threads) : run_backward<float>(*problem, threads);
 }

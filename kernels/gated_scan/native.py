@@ -6,9 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.gated_scan.arguments import raise_for_decay
 from kernels.native import NativeTensor, library, native_tensor, readable
 
 FORWARD, BACKWARD = 1, 2  # bits of `directions`
+NO_MEMORY, BAD_DECAY = 1, 2  # outcomes; BAD_DECAY is shifted by the direction
 
 
 class Problem(ctypes.Structure):
@@ -53,8 +55,8 @@ def _run(
     gates: tuple[Tensor | None, Tensor | None],
     outputs: dict[str, Tensor | None],
     grad_gates: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> None:
-    """Run a kernel; `outputs` and `grad_gates` are contiguous and written."""
+) -> int:
+    """Run a kernel and return its outcome; `outputs` and `grad_gates` are contiguous and written."""
     inputs = {field: tensor if tensor is None else readable(tensor) for field, tensor in inputs.items()}
     read_gates = [None if gate is None else readable(gate) for gate in gates]
     query, value = inputs["query"], inputs["value"]
@@ -65,8 +67,10 @@ def _run(
         problem.gate[direction] = native_tensor(read_gates[direction])
         problem.grad_gate[direction] = native_tensor(grad_gates[direction])
     wide = any(t is not None and t.dtype == torch.float64 for t in (*inputs.values(), *read_gates))
-    if _function(name)(problem, wide, torch.get_num_threads()) != 0:
+    outcome = _function(name)(problem, wide, torch.get_num_threads())
+    if outcome == NO_MEMORY:
         raise MemoryError(f"{name}: no memory for the workspace of sizes {tuple(problem.sizes)}")
+    return outcome
 
 
 def _writable(like: Tensor) -> Tensor:
@@ -89,7 +93,12 @@ def bidirectional_forward(
     output = _writable(value)
     inputs = {"query": query, "key": key, "value": value}
     gates = (gate_forward, gate_backward)
-    _run("gated_scan_forward", FORWARD | BACKWARD, scale / 2, normalizer, inputs, gates, {"output": output})
+    outcome = _run("gated_scan_forward", FORWARD | BACKWARD, scale / 2, normalizer, inputs, gates, {"output": output})
+    for name, gate, bad in zip(
+        ("log_decay_forward", "log_decay_backward"), gates, (BAD_DECAY, 2 * BAD_DECAY), strict=True
+    ):
+        if outcome & bad:
+            raise_for_decay(name, gate)
     return output.to(value.dtype)
 
 
@@ -139,7 +148,8 @@ def scan_forward(
     inputs = {"query": query, "key": key, "value": value, "initial_state": initial_state}
     outputs = {"output": output, "final_state": final_state}
     direction = BACKWARD if reverse else FORWARD
-    _run("gated_scan_forward", direction, scale, normalizer, inputs, _one_direction(gate, reverse), outputs)
+    if _run("gated_scan_forward", direction, scale, normalizer, inputs, _one_direction(gate, reverse), outputs):
+        raise_for_decay("log_decay", gate)
     return output.to(value.dtype), final_state
 
 

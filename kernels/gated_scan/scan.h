@@ -52,29 +52,30 @@ template <typename T> class Scan {
     }
     void zero(T* state) const { std::fill(state, state + k_ * v_, T(0)); }
     void unit_carry() { std::fill(runs_.carry, runs_.carry + k_, T(1)); }
-    const T* carry() const { return runs_.carry; }
+    // One bit a direction where a log decay was positive or NaN.
+    int bad_decays() const { return bad_decays_; }
 
-    // state [Kp][Vp] over tokens s0..s1 of the scan; `out` is the row of token 0 (null: no output).
-    void forward(int64_t s0, int64_t s1, T* state, T* out, int64_t out_stride, bool accumulate) {
+    // state [Kp][Vp] over tokens s0..s1 of the scan; `out` has the rows by token (null: no output).
+    void forward(int64_t s0, int64_t s1, T* state, Operand<T> out, bool accumulate) {
         unit_carry();
         for (int64_t b0 = s0; b0 < s1; b0 += BLOCK) {
             const int64_t n = std::min<int64_t>(BLOCK, s1 - b0);
             read_decays(b0, n, step_);
             runs_.divide(n, step_);
-            if (out) rows(p_.query, p_.sizes.key_dim).read(token(b0), n, step(), x_);
+            if (out.data) rows(p_.query, p_.sizes.key_dim).read(token(b0), n, step(), x_);
             rows(p_.key, p_.sizes.key_dim).read(token(b0), n, step(), y_);
             for (int64_t c = 0; c < n * k_; c += LANES<T>) {
                 const Vector<T> decay = load(runs_.decay + c);
-                if (out) store(x_ + c, load(x_ + c) * (decay * T(p_.scale)));
+                if (out.data) store(x_ + c, load(x_ + c) * (decay * T(p_.scale)));
                 store(y_ + c, load(y_ + c) / decay);
             }
             const Operand<const T> value = rows(p_.value, p_.sizes.value_dim).operand(token(b0), n, step(), value_);
-            const Operand<T> to{out ? out + token(b0) * out_stride : nullptr, step() * out_stride};
+            const Operand<T> to{out.row(token(b0)), step() * out.stride};
             for (int r = 0; r < runs_.count; r++) {
                 const int64_t i = runs_.start[r];
                 const Run<T> run{runs_.start[r + 1] - i, {x_ + i * k_, k_}, {y_ + i * k_, k_}, value.from(i), to.from(i),
                                  runs_.entry + r * k_, nullptr};
-                if (out)
+                if (out.data)
                     scan_run<T, true>(run, k_, v_, state, accumulate);
                 else
                     scan_run<T, false>(run, k_, v_, state, true);
@@ -97,7 +98,7 @@ template <typename T> class Scan {
             transposed_runs(grad, value, grad_query ? grad_query + b0 * k_ : nullptr, state);
             if (!grad_query) continue;
             multiply(grad_query + b0 * k_, runs_.decay, n, T(p_.scale));
-            T* after = block_states + b0 / BLOCK * k_ * v_;
+            T* after = block_states + (b0 - s0) / BLOCK * k_ * v_;
             for (int64_t r = 0; r < v_; r++)
                 for (int64_t c = 0; c < k_; c += LANES<T>)
                     store(after + r * k_ + c, load(state + r * k_ + c) * load(runs_.carry + c));
@@ -139,7 +140,7 @@ template <typename T> class Scan {
             rows(p_.key, p_.sizes.key_dim).read(last, n, -step(), key_);
             if (p_.normalizer > 0) gate.read(last, n, -step(), gate_);
             const auto [value, grad] = value_and_grad(last, n, -step());
-            start_tail(block_states + b0 / BLOCK * k_ * v_, across);
+            start_tail(block_states + (b0 - s0) / BLOCK * k_ * v_, across);
             divide_by_decay(query_, n, T(p_.scale));
             for (int64_t c = 0; c < n * k_; c += LANES<T>) store(x_ + c, load(key_ + c) * load(runs_.decay + c));
             transposed_runs(value, grad, block_out_, across);
@@ -217,14 +218,17 @@ template <typename T> class Scan {
         return Rows<T>(view, batch_, head_, p_.sizes.value_dim);
     }
 
-    void read_decays(int64_t s, int64_t n, T* to) const {
+    void read_decays(int64_t s, int64_t n, T* to) {
         if (n <= 0) return;
         rows(p_.gate[direction_], p_.sizes.key_dim).read(token(s), n, step(), to);
         const T inverse = p_.normalizer > 0 ? T(1 / p_.normalizer) : T(0);
+        Mask<T> good = Vector<T>{} == Vector<T>{};
         for (int64_t c = 0; c < n * k_; c += LANES<T>) {
             const Vector<T> g = load(to + c);
+            good &= g <= 0;
             store(to + c, exponential(inverse > 0 ? log_sigmoid<T>(g) * inverse : g));
         }
+        if (inverse == 0 && any<T>(~good)) bad_decays_ |= 1 << direction_;
     }
     // Running back, the state gradient meets the decay of the token it has just left (none after the last token). Row i of
     // step_ is that of token b0 + n - i; row n is the first token's own.
@@ -271,7 +275,7 @@ template <typename T> class Scan {
 
     const Problem& p_;
     int64_t n_, k_, v_, batch_ = 0, head_ = 0;
-    int direction_ = 0;
+    int direction_ = 0, bad_decays_ = 0;
     T *step_, *gate_, *query_, *key_, *x_, *y_, *block_out_, *tail_, *value_, *grad_;
     T* states_[3];
     Runs<T> runs_;
