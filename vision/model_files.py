@@ -56,8 +56,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike, model_args: dict[str
         "pretrained_cfg": description,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write_atomically(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
     return folder
 
 
@@ -98,7 +98,7 @@ def _from_training_checkpoint(path: Path) -> nn.Module:
     return module.final_model.eval()
 
 
-def _write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     """Let `write` fill a file beside `path`, then put it in its place."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

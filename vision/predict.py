@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vision.image_files import ImageFileError, find_images, open_image
-from vision.model_files import load_model
+from vision.model_files import load_model, write_atomically
 
 
 class Classifier:
@@ -98,11 +98,13 @@ def predict(
         The number of bad files.
 
     Raises:
-        ValueError: the checkpoint or a path does not exist, or a number is below 1.
+        ValueError: the checkpoint, a path or the output's folder does not exist, or a number is below 1.
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it is at least 1")
+    if output and not Path(output).resolve().parent.is_dir():
+        raise ValueError(f"output is {output!r}; its folder does not exist")
     paths = find_images(images)
     classifier = Classifier(load_model(checkpoint), invert)
     outcomes = classify(classifier, paths, batch_size, progress=len(paths) > 1 and sys.stderr.isatty())
@@ -117,17 +119,21 @@ def predict(
 
 def _write_table(labels: list[str], outcomes: Iterator, output: Path) -> list[ImageFileError]:
     bad = []
-    with output.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "class", "probability", "error", *labels])
-        for path, outcome in outcomes:
-            if isinstance(outcome, ImageFileError):
-                bad.append(outcome)
-                rows.writerow([path, "", "", outcome, *[""] * len(labels)])
-            else:
-                probability, best = outcome.max(0)
-                values = [f"{value:.6f}" for value in outcome.tolist()]
-                rows.writerow([path, labels[int(best)], f"{float(probability):.6f}", "", *values])
+
+    def write(path: str) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "class", "probability", "error", *labels])
+            for image, outcome in outcomes:
+                if isinstance(outcome, ImageFileError):
+                    bad.append(outcome)
+                    rows.writerow([image, "", "", outcome, *[""] * len(labels)])
+                else:
+                    probability, best = outcome.max(0)
+                    values = [f"{value:.6f}" for value in outcome.tolist()]
+                    rows.writerow([image, labels[int(best)], f"{float(probability):.6f}", "", *values])
+
+    write_atomically(output, write)
     return bad
 
 

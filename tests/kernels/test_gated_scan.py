@@ -268,11 +268,17 @@ class _Scan(torch.nn.Module):
         return bidirectional_gated_scan(*tensors, logit_normalizer=16.0)
 
 
-def test_exports_as_plain_operations():
-    inputs = tuple(make_inputs(1, 20, 2, 8, 8))
+@pytest.mark.parametrize("tokens", [1, 20, 203])
+def test_exports_as_plain_operations(tokens):
+    inputs = tuple(make_inputs(1, tokens, 2, 8, 8))
     program = torch.export.export(_Scan(), inputs)
     assert not any("gated_vision" in str(node.target) for node in program.graph.nodes)
     assert relative_error(program.module()(*inputs), _Scan()(*inputs)) < 2e-6
+
+
+def test_exported_graphs_grow_with_the_logarithm_of_the_tokens():
+    nodes = [len(torch.export.export(_Scan(), tuple(make_inputs(1, n, 1, 2, 2))).graph.nodes) for n in (256, 512, 1024)]
+    assert nodes[2] - nodes[1] == nodes[1] - nodes[0] < 60
 
 
 def test_autocast_follows_the_values():
