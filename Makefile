@@ -13,8 +13,6 @@ setup: .venv/.stamp
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Threads that spin while they wait for the others slow a run down wherever anything else runs.
-train: export OMP_WAIT_POLICY = passive
 train: .venv/.stamp
 	$(BIN)/python -m vision fit --config configs/vision/vig_nano_mnist5k.yaml
 

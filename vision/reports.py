@@ -24,6 +24,7 @@ class RunReport(pl.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.history: list[dict[str, float]] = []
+        self.validated = False  # in the epoch in progress
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -32,8 +33,14 @@ class RunReport(pl.Callback):
         self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Between validations the trainer repeats the last one's metrics; the curves show those that were measured.
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if self.validated or name.startswith("train/")
+        }
         self.history.append({"epoch": trainer.current_epoch + 1, **metrics})
+        self.validated = False
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -44,6 +51,7 @@ class RunReport(pl.Callback):
         save_model(module.final_model, self.folder / "model", module.hparams.model_args)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.validated = not trainer.sanity_checking
         if trainer.state.fn == "validate":
             self._report_evaluation(trainer, module)
 

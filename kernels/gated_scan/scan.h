@@ -13,8 +13,8 @@ struct Problem {
     double scale, normalizer;
     int32_t directions;  // bit 0: forward, bit 1: backward
     Tensor query, key, value, gate[2];
-    Tensor initial_state;               // [B, H, K, V], strides of the first three; null data: zeros
-    Tensor output, final_state;         // forward
+    Tensor initial_state;                  // [B, H, K, V]; null data: zeros
+    Tensor output, final_state;            // forward
     Tensor grad_output, grad_final_state;  // gradient
     Tensor grad_query, grad_key, grad_value, grad_gate[2], grad_initial_state;
 };
@@ -43,8 +43,6 @@ template <typename T> class Scan {
         runs_.width = k_;
     }
 
-    int64_t key_width() const { return k_; }
-    int64_t value_width() const { return v_; }
     T* state(int i) { return states_[i]; }
 
     void choose(int64_t batch, int64_t head, int direction) {

@@ -71,6 +71,16 @@ def test_training_learns(run):
     assert trainer.callback_metrics["test/accuracy"] > 0.4  # chance is 0.1
 
 
+def test_curves_show_only_what_was_measured(tmp_path):
+    report = RunReport(tmp_path)
+    trainer = pl.Trainer(
+        max_epochs=3, check_val_every_n_epoch=2, callbacks=[report], enable_checkpointing=False, **QUIET
+    )
+    trainer.fit(module(), digits())
+    assert ["val/accuracy" in row for row in report.history] == [False, True, False]
+    assert all("train/loss" in row for row in report.history)
+
+
 def test_weights_and_average_are_evaluated_apart(run):
     model, trainer, _ = run
     for name in ("accuracy", "top5_accuracy", "loss"):
