@@ -4,11 +4,12 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
+from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vision.gated_linear_attention import ChannelsLastConv2d
+from kernels.recomputation import can_recompute
+from vision.gated_linear_attention import RECOMPUTE_FROM, ChannelsLastConv2d
 
 
 def as_pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -55,6 +56,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = check_images(images, self.in_chans, self.stride - 1)
+        if can_recompute():
+            height, width = self.grid_size(images.shape[2:])
+            if height * width >= RECOMPUTE_FROM:
+                return checkpoint(self._embed, images, preserve_rng_state=False)
+        return self._embed(images)
+
+    def _embed(self, images: Tensor) -> Tensor:
         return self.proj(images.permute(0, 2, 3, 1).contiguous())
 
 
