@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning barriers falsify times where anything else runs
@@ -29,23 +30,28 @@ def make_inputs(batch: int, heads: int, tokens: int, key_dim: int, value_dim: in
     return [query, key, torch.randn(batch, tokens, heads, value_dim), *decays]
 
 
-def check_backends() -> None:
-    """Exit unless every CPU backend matches the float64 definition, outputs and gradients."""
-    inputs = make_inputs(2, 3, 197, 32, 64)
-    grad = torch.randn(2, 197, 3, 64)
+def check_backends(threads: tuple[int, ...]) -> None:
+    """Exit unless every CPU backend matches the float64 definition, outputs and gradients, at every thread count.
 
-    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+    The shapes are those that are timed, with fewer tokens where heads are few, so that work is divided alike.
+    """
+    names = ("output", "query", "key", "value", "forward decay", "backward decay")
+
+    def results(inputs: list[Tensor], grad: Tensor, backend: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         output = bidirectional_gated_scan(*leaves, backend=backend)
         return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
 
-    exact = results("reference", torch.float64)
-    for backend in ("native", "torch"):
-        names = ("output", "query", "key", "value", "forward decay", "backward decay")
-        for name, actual, expected in zip(names, results(backend, torch.float32), exact, strict=True):
-            error = ((actual - expected).abs().max() / expected.abs().max()).item()
-            if not error < (2e-6 if name == "output" else 1e-5):
-                raise SystemExit(f"backend {backend} is wrong ({name}: relative error {error:.1e}); nothing was timed")
+    for batch, heads, tokens, key_dim, value_dim in ((8, 3, 196, 32, 64), (1, 3, 530, 32, 64), (8, 3, 130, 16, 32)):
+        inputs = make_inputs(batch, heads, tokens, key_dim, value_dim)
+        grad = torch.randn_like(inputs[2])
+        exact = results(inputs, grad, "reference", torch.float64)
+        for backend, count in product(("native", "torch"), threads):
+            torch.set_num_threads(count)
+            for name, actual, expected in zip(names, results(inputs, grad, backend, torch.float32), exact, strict=True):
+                error = ((actual - expected).abs().max() / expected.abs().max()).item()
+                if not error < (2e-6 if name == "output" else 1e-5):
+                    raise SystemExit(f"backend {backend} is wrong ({name}: error {error:.1e}); nothing was timed")
 
 
 def forward(inputs: list[Tensor], backend: str) -> Callable[[], object]:
@@ -111,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/kernels.json"), help="JSON file")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    check_backends()
+    check_backends(tuple(options.threads))
     rows = measure(tuple(options.threads), options.seconds)
     columns = ("shape", "case", "backend", "threads", "median_ms", "min_ms", "max_ms", "times native", "scaling")
     print_table(

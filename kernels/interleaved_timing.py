@@ -1,13 +1,17 @@
 """Timing of rival functions on a machine that is never quiet: in turn, in one process, medians and their ratios."""
 
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
+
+import kernels
 
 
 @dataclass
@@ -59,8 +63,13 @@ def ratio(slow: Timing, fast: Timing) -> float:
 
 def machine() -> dict[str, str | int]:
     """What a reader must know beside a time."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": platform.processor() or platform.machine(),
+        "suite": kernels.__version__,
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "waiting threads": os.environ.get("OMP_WAIT_POLICY", "OpenMP's default"),
         "cores": torch.multiprocessing.cpu_count(),
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),

@@ -18,6 +18,7 @@ class PackedLinear(nn.Module):
     PyTorch's own layer rearranges its weight in every call; here that is done once for each dtype met (float32, and
     bfloat16 under autocast), which makes small products a tenth to a third faster. The plain weight is kept: state
     dicts and moves stay ordinary, and what oneDNN's operator cannot do (gradients, tracing, other devices) runs on it.
+    A weight changed in place is packed again, except through `.data`, which leaves no trace.
 
     Args:
         linear: the layer whose weight and bias are taken, without gradients.
@@ -27,20 +28,25 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self._packed: dict[torch.dtype, tuple[tuple[int, int], Tensor]] = {}
+        self._packed: dict[torch.dtype, tuple[int, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         if torch.compiler.is_compiling() or wants_gradient or x.device.type != "cpu" or dtype not in PACKED_DTYPES:
             return nn.functional.linear(x, self.weight, self.bias)
-        current = (self.weight._version, self.weight.data_ptr())
+        current = 0 if self.weight.is_inference() else self.weight._version
         packed = self._packed.get(dtype)
         if packed is None or packed[0] != current:
             weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype))
             packed = self._packed[dtype] = (current, weight)
         bias = None if self.bias is None else self.bias.to(dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed[1], bias, "none", [], "")
+
+    def _apply(self, function, recurse: bool = True) -> nn.Module:  # moves and casts make new weights
+        self._packed.clear()
+        return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict:  # packed weights are opaque: copies and pickles make their own
         return self.__dict__ | {"_packed": {}}

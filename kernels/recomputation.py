@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 
@@ -60,6 +61,7 @@ class _LinearOf(torch.autograd.Function):
         return F.linear(function(*tensors), weight, bias)
 
     @staticmethod
+    @once_differentiable  # gradients of gradients raise instead of being wrong
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         with torch.enable_grad(), ctx.autocast:

@@ -195,7 +195,7 @@ class ImageClassification(pl.LightningModule):
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay if settings.layer_decay != 1 else None,
-            fused=True,
+            fused=not self.trainer.precision.endswith("mixed"),  # which Lightning cannot clip the gradients of
         )
         if math.isinf(self.trainer.estimated_stepping_batches):
             raise ValueError("max_epochs and max_steps are both -1; the cosine needs an end")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAXIMUM_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: Pillow's own limit, which by itself only warns
 BAD_FILE_BUDGET = 0.01
+_FILES_QUEUED = 4096
 
 
 Result = TypeVar("Result")
@@ -122,9 +123,13 @@ def check_images(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow's decoders release the interpreter lock
-        bar = tqdm(pool.map(fault_of, paths), "checking images", len(paths), disable=not progress, leave=False)
-        faults = list(bar)
+    faults: list[str | None] = []
+    bar = tqdm(desc="checking images", total=len(paths), disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow's decoders release the interpreter lock
+        for start in range(0, len(paths), _FILES_QUEUED):  # all of ImageNet queued at once would take gigabytes
+            for fault in pool.map(fault_of, paths[start : start + _FILES_QUEUED]):
+                faults.append(fault)
+                bar.update()
     bad = [fault for fault in faults if fault is not None]
     if bad:
         listed = "\n  ".join(bad[:10]) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Of `timm.create_model`: where weights came from is no part of the model that is saved.
+_LOADING_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def model_description(model: nn.Module, data: Any) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, model_args: dict[str
         model: a timm model whose `pretrained_cfg` describes what it was trained on.
         model_args: what else `timm.create_model` needs to build it, primitives only.
     """
+    model_args = {name: value for name, value in (model_args or {}).items() if name not in _LOADING_ARGUMENTS}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = dict(model.pretrained_cfg)
@@ -52,7 +55,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, model_args: dict[str
         "architecture": description.pop("architecture"),
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": {"in_chans": in_chans, **(model_args or {})},
+        "model_args": {"in_chans": in_chans, **model_args},
         "pretrained_cfg": description,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

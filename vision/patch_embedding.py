@@ -106,9 +106,10 @@ def position_for_grid(position: Tensor, native_grid: tuple[int, int], height: in
         if kept is None or kept[0].dtype != position.dtype or not torch.equal(kept[0], position):
             kept = _resized_positions[position] = (position.detach().clone(), OrderedDict())
         source, by_grid = kept
-        if (height, width) not in by_grid:
-            if len(by_grid) == _GRIDS_KEPT:
+        resized = by_grid.get((height, width))
+        if resized is None:
+            resized = resize_position_embedding(source, native_grid, (height, width)).unflatten(1, (height, width))
+            if len(by_grid) >= _GRIDS_KEPT:
                 by_grid.popitem(last=False)
-            resized = resize_position_embedding(source, native_grid, (height, width))
-            by_grid[height, width] = resized.unflatten(1, (height, width))
-    return by_grid[height, width]
+            by_grid[height, width] = resized
+    return resized

@@ -59,6 +59,8 @@ class TrainingCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         files = settings.get("config") or []
+        if "weights_only" in settings:
+            settings.weights_only = True  # Lightning would unpickle a checkpoint that lies behind a URL
         experiment = settings.experiment or (Path(str(files[-1])).stem if files else "unnamed")
         root = Path(settings.runs) / experiment
         numbers = sorted(int(entry.name) for entry in root.glob("*") if entry.name.isdecimal())

@@ -27,7 +27,7 @@ from vision.gated_linear_attention import (
     fuse_for_inference,
     refuse_training_when_fused,
 )
-from vision.patch_embedding import check_images
+from vision.patch_embedding import as_pair, check_images
 from vision.vig import check_output_format, check_pooling, create_vig, vig_cfg
 from vision.vig_checkpoints import published_file
 
@@ -104,6 +104,7 @@ class HierarchicalViG(nn.Module):
     """ViG-H.
 
     Args:
+        img_size: checked only; every size works in one model.
         in_chans: image channels.
         num_classes: outputs of the head; 0 for none.
         global_pool: one of `vision.vig.POOLINGS`; "" for unpooled maps.
@@ -120,6 +121,7 @@ class HierarchicalViG(nn.Module):
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -136,6 +138,7 @@ class HierarchicalViG(nn.Module):
             raise ValueError(f"dims {dims}, depths {depths} and num_heads {num_heads} must have one entry a stage each")
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.set_input_size(img_size)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]
@@ -171,6 +174,19 @@ class HierarchicalViG(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Nothing depends on the image size, so it is only checked.
+
+        Raises:
+            ValueError: an image size below 1, or a patch size, which the stem's strides fix at 4.
+        """
+        if img_size is not None:
+            as_pair("img_size", img_size)
+        if patch_size is not None and as_pair("patch_size", patch_size) != (4, 4):
+            raise ValueError(f"patch_size is {patch_size}; the stem's strides make it 4")
 
     def no_weight_decay(self) -> set[str]:
         return set()

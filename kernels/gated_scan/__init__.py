@@ -13,6 +13,8 @@ Files: `reference.py` is the definition, `chunked.py` the portable PyTorch form,
 `triton.py` the GPU kernel; `operators.py` registers the last two with PyTorch.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,8 @@ def bidirectional_gated_scan(
         )
     plain = (reference if backend == "reference" else chunked).bidirectional_gated_scan
     tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer))
-    return plain(*tensors, scale).to(value.dtype)
+    with _full_precision(query.device):
+        return plain(*tensors, scale).to(value.dtype)
 
 
 def gated_scan(
@@ -120,8 +123,15 @@ def gated_scan(
     plain = (reference if backend == "reference" else chunked).gated_scan
     states = () if initial_state is None else (initial_state,)
     tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer), *states)
-    output, final_state = plain(*tensors[:4], scale, reverse, tensors[4] if states else None)
+    with _full_precision(query.device):
+        output, final_state = plain(*tensors[:4], scale, reverse, tensors[4] if states else None)
     return output.to(value.dtype), final_state
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Keep autocast from rounding the sums of the plain forms."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _log_decays(decays: dict[str, Tensor], normalizer: float | None) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """What the gated scan's arguments must be, and the errors where they are not."""
 
+import math
 from typing import NoReturn
 
 import torch
@@ -19,7 +20,7 @@ def check_arguments(
     check_tensor("value", value, (*query.shape[:3], value.shape[3]), query)
     for name, decay in decays.items():
         check_tensor(name, decay, tuple(query.shape), query)
-    if normalizer is not None and not normalizer > 0:
+    if normalizer is not None and not 0 < normalizer < math.inf:
         raise ValueError(f"logit_normalizer is {normalizer}; it must be positive (ViG uses 16), or None for log decays")
     if scale is not None and not torch.compiler.is_compiling() and scale != scale:
         raise ValueError("scale is NaN; it must be a number, or None for key_dim ** -0.5")

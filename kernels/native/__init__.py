@@ -1,8 +1,8 @@
 """Builds and loads the C++ CPU kernels.
 
 A source file is compiled with the machine's C++ compiler when it is first used (a few seconds: plain C interface, no
-PyTorch headers) and cached under `$XDG_CACHE_HOME/gated-vision-suite` by source, flags, compiler and processor. It is
-linked against the OpenMP library that PyTorch has already loaded, so both share one pool of threads.
+PyTorch headers) and cached under `$XDG_CACHE_HOME/gated-vision-suite` by source, flags, compiler, processor and OpenMP
+library: that which PyTorch has already loaded, so that both share one pool of threads.
 """
 
 import ctypes
@@ -90,7 +90,8 @@ def library(source: str) -> ctypes.CDLL:
     path = KERNELS / source
     headers = sorted([*SHARED.glob("*.h"), *path.parent.glob("*.h")])
     texts = [file.read_bytes() for file in (path, *headers)]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), _compiler_version(), _processor()])).hexdigest()
+    build = " ".join([*FLAGS, _openmp_library()]).encode()
+    key = hashlib.sha256(b"\0".join([*texts, build, _compiler_version(), _processor()])).hexdigest()
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gated-vision-suite"
     target = directory / f"{path.parent.name}-{key[:16]}.so"
     if not target.exists():
@@ -115,14 +116,14 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"compiling a native kernel failed: {' '.join(command)}\n{done.stderr[-4000:]}")
 
 
+@cache
 def _openmp_library() -> str:
-    """The OpenMP runtime PyTorch has mapped into this process; the compiler's own where that is unknown."""
+    """The OpenMP runtime of this process's PyTorch (other packages bring their own); the compiler's where unknown."""
     maps = Path("/proc/self/maps")
-    if maps.exists():
-        found = re.findall(r"\S+/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*", maps.read_text())
-        if found:
-            return found[0]
-    return "-fopenmp"
+    mapped = re.findall(r"/.*/lib(?:gomp|omp|iomp5)[^/\n]*\.so[^/\n]*", maps.read_text()) if maps.exists() else []
+    packages = Path(torch.__file__).resolve().parent.parent  # torch/lib, or torch.libs beside it
+    of_torch = [path for path in mapped if path.startswith((f"{packages}/torch/", f"{packages}/torch.libs/"))]
+    return next(iter(of_torch or mapped), "-fopenmp")
 
 
 def _compiler_version() -> bytes:

@@ -281,12 +281,15 @@ def test_exported_graphs_grow_with_the_logarithm_of_the_tokens():
     assert nodes[2] - nodes[1] == nodes[1] - nodes[0] < 60
 
 
-def test_autocast_follows_the_values():
-    query, key, value, *decays = make_inputs(1, 20, 2, 8, 8)
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+def test_autocast_follows_the_values_and_rounds_no_sum(backend):
+    inputs = make_inputs(1, 40, 2, 8, 8)
+    expected = bidirectional_gated_scan(*(x.double() for x in inputs), backend="reference")
     weight = torch.randn(8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = bidirectional_gated_scan(query @ weight, key @ weight, value @ weight, *decays)
-    assert output.dtype == torch.bfloat16
+        assert relative_error(bidirectional_gated_scan(*inputs, backend=backend), expected) < 2e-6
+        query, key, value = (x @ weight for x in inputs[:3])
+        assert bidirectional_gated_scan(query, key, value, *inputs[3:], backend=backend).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -328,9 +331,10 @@ def test_impossible_decays_are_named(value, message, backend):
         ({"scale": float("nan")}, "scale is NaN"),
         ({"logit_normalizer": 0.0}, "logit_normalizer is 0.0; it must be positive"),
         ({"logit_normalizer": -1.0}, "logit_normalizer is -1.0"),
+        ({"logit_normalizer": float("inf")}, "logit_normalizer is inf"),
         ({"backend": "cuda"}, "backend is 'cuda'; valid backends are reference, torch, native, triton"),
     ],
-    ids=["scale", "zero-normalizer", "negative-normalizer", "backend"],
+    ids=["scale", "zero-normalizer", "negative-normalizer", "endless-normalizer", "backend"],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -38,22 +38,30 @@ def test_autocast_multiplies_in_bfloat16(linear):
     torch.testing.assert_close(packed(x), linear(x).detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda weight: weight.mul_(2.0),
-        lambda weight: setattr(weight, "data", weight.data * 2),
-    ],
-    ids=["in-place", "new-memory"],
-)
-def test_new_weights_are_packed_again(linear, change):
+def test_new_weights_are_packed_again(linear):
     x = torch.randn(3, 19)
     packed = PackedLinear(linear)
     before = packed(x)
     with torch.no_grad():
-        change(packed.weight)
+        packed.weight.mul_(2.0)
         packed.bias.mul_(2)
     torch.testing.assert_close(packed(x), 2 * before, rtol=1e-5, atol=1e-5)
+    rounded = packed.bfloat16().float()
+    expected = nn.functional.linear(x, rounded.weight, rounded.bias)
+    torch.testing.assert_close(rounded(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_made_and_used_in_inference_mode():
+    with torch.inference_mode():
+        linear = nn.Linear(19, 33)
+        x = torch.randn(3, 19)
+        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_float64_is_not_rounded_by_autocast(linear):
+    packed = PackedLinear(linear.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed(torch.randn(3, 19, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_gradients_of_the_input(linear):

@@ -135,6 +135,12 @@ def test_weights_file_loads_through_timm_alone(run):
     torch.testing.assert_close(built(images), model(images), rtol=0, atol=0)
 
 
+def test_a_fine_tuned_model_loads_without_its_ancestor(run, tmp_path):
+    model, _, _ = run
+    save_model(model.final_model, tmp_path, {**TINY["model_args"], "pretrained": True, "pretrained_cfg_overlay": {}})
+    assert load_model(tmp_path).num_classes == 10
+
+
 def test_failed_save_leaves_the_old_file_whole(run, tmp_path, monkeypatch):
     model, _, _ = run
     save_model(model.final_model, tmp_path, TINY["model_args"])
@@ -200,6 +206,7 @@ def test_layer_decay_and_weight_decay_groups():
         estimated_stepping_batches=10,
         num_training_batches=5,
         accumulate_grad_batches=1,
+        precision="32-true",
         fit_loop=SimpleNamespace(setup_data=lambda: None),
     )
     optimizer = model.configure_optimizers()["optimizer"]

@@ -30,7 +30,8 @@ data:
     batch_size: 256
     evaluation_batch_size: 400
     distortion: {rotation: 10, shift: 0.1}
-trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+trainer:
+  {max_epochs: 2, gradient_clip_val: 1, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 """
 
 

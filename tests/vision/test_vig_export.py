@@ -47,7 +47,7 @@ def test_compiles_with_inductor():
 
 
 def test_exported_program(model):
-    images = torch.randn(1, 3, 48, 32)  # small: the exported scan holds one step a chunk of tokens
+    images = torch.randn(1, 3, 48, 32)
     program = torch.export.export(model, (images,))
     assert not [node for node in program.graph.nodes if "gated_vision" in str(node.target)]
     other = torch.randn(1, 3, 48, 32)

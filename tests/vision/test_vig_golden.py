@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import kernels
 import vision  # noqa: F401  registers the models
 from kernels.backend import unavailable_reason
+from vision import gated_linear_attention, patch_embedding
 from vision.vig import ViG
 from vision.vig_hierarchical import HierarchicalViG
 
@@ -187,6 +188,23 @@ def test_full_size(variant, dtype, tolerance):
         torch.testing.assert_close(
             value.double(), tensors[key], atol=tolerance, rtol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["vig_t_64x64", "vig_h_64x64"])
+def test_large_maps_train_alike(name, autocast, monkeypatch):
+    """What a training step on a large map computes again, here on a small one."""
+    tensors, info = read(name)
+    results = []
+    for recompute_from in (10**9, 1):
+        for module in (gated_linear_attention, patch_embedding):
+            monkeypatch.setattr(module, "RECOMPUTE_FROM", recompute_from)
+        model = small_model(tensors, info, torch.float32).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(tensors["input"].float())
+        results.append([logits, *torch.autograd.grad(logits.float().square().sum(), list(model.parameters()))])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -4,10 +4,6 @@
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,8 +14,6 @@ from timm.models._manipulate import group_with_matcher
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
-import vision
 
 NAMES = [
     "vig_base_patch16_224",
@@ -74,20 +68,12 @@ def test_all_sizes_are_listed():
     assert sorted(timm.list_models("vig_*")) == NAMES
 
 
-def test_foreign_kernels_package_is_named(tmp_path):
-    foreign = tmp_path / "kernels" / "__init__.py"
-    foreign.parent.mkdir()
-    foreign.touch()
-    root = Path(vision.__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", "import vision"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(root)))},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert f"ImportError: the package `kernels` at {foreign} is not the Gated Vision Suite's" in run.stderr
+def test_hierarchical_size_is_only_checked():
+    model = timm.create_model("vig_h_tiny", img_size=96, dims=(16, 32), depths=(1, 1), num_heads=(1, 1))
+    model.set_input_size((64, 80))
+    assert model.eval()(images(1, 3, 64, 80)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="patch_size is 16"):
+        model.set_input_size(patch_size=16)
 
 
 def test_nano_is_small():
