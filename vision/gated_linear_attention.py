@@ -178,6 +178,12 @@ class GatedLinearAttention(nn.Module):
         out = linear_of(self._mix, branches, self.o_proj) if recompute else self.o_proj(self._mix(*branches))
         return out.reshape(x.shape)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            "models of gated linear attention cannot be scripted: their kernels are torch.library operators chosen at "
+            "run time; use torch.export.export or torch.onnx.export(..., dynamo=True)"
+        )
+
     def _local_branch(self, x: Tensor, norm: nn.Module) -> Tensor:
         return self.in_proj(norm(x)).flatten(1, 2)  # (B, N, C)
 
