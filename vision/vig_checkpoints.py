@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -66,13 +67,19 @@ def download(url: str, sha256: str, cache_dir: str | None = None) -> Path:
 
     Raises:
         RuntimeError: the digest differs.
-        urllib.error.URLError: the file cannot be fetched.
+        ConnectionError: the file cannot be fetched.
     """
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(urlparse(url).path).name
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except URLError as error:
+            raise ConnectionError(
+                f"{url} cannot be fetched ({error.reason}); name a file that you have: "
+                'pretrained_cfg_overlay={"file": "<path>"}'
+            ) from error
         return path
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

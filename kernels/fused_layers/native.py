@@ -114,7 +114,7 @@ def depthwise_convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, acti
         slopes = torch.empty(x.shape if activate else 0, dtype=taps.dtype)
         tensors = (grad, read, taps, grad_x, grad_taps, slopes)
         _run("depthwise_convolution_backward", tensors, (read.dtype, grad.dtype), *x.shape, activate)
-    return grad_x.to(x.dtype), grad_taps.t().reshape(weight.shape).to(weight.dtype)
+    return grad_x.to(x.dtype), grad_taps.t().contiguous().reshape(weight.shape).to(weight.dtype)
 
 
 def _mix_dtype(*tensors: Tensor) -> torch.dtype:
