@@ -112,7 +112,6 @@ template <typename M, typename V> INLINE void store_part(M* p, V v, int count) {
 }
 
 template <typename T> INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) { return b < a ? b : a; }  // a NaN in a stays
-template <typename T> INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) { return b > a ? b : a; }
 
 template <typename T> INLINE bool any(Mask<T> mask) {
     bool found = false;
