@@ -8,10 +8,11 @@ While a graph is exported (`torch.export`, ONNX) the default is `torch`, so that
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
@@ -69,13 +70,19 @@ def _unavailable_reason(name: str, device_type: str) -> str | None:
     return None
 
 
-def resolve_backend(operation: str, device: torch.device, requested: str | None = None) -> str:
+def resolve_backend(
+    operation: str,
+    device: torch.device,
+    requested: str | None = None,
+    refusals: Mapping[str, str | None] = MappingProxyType({}),
+) -> str:
     """Return the backend that runs `operation` on `device`.
 
     Args:
         operation: the operation's public name, for messages.
         device: where its tensors lie.
         requested: the call's own `backend=` argument.
+        refusals: why a backend cannot run this very call, by its name; None where it can.
 
     Raises:
         ValueError: a backend was asked for by a name that does not exist.
@@ -88,18 +95,18 @@ def resolve_backend(operation: str, device: torch.device, requested: str | None 
     elif (from_environment := os.environ.get(ENVIRONMENT_VARIABLE)) not in (None, ""):
         named, source = from_environment, ENVIRONMENT_VARIABLE
     else:
-        return _default_backend(operation, device.type)
+        return _default_backend(operation, device.type, refusals)
     check_backend_name(named, source)
-    if reason := unavailable_reason(named, device.type):
+    if reason := unavailable_reason(named, device.type) or refusals.get(named):
         raise RuntimeError(f"{operation}: backend {named!r} (from {source}) cannot run here: {reason}")
     return named
 
 
-def _default_backend(operation: str, device_type: str) -> str:
+def _default_backend(operation: str, device_type: str, refusals: Mapping[str, str | None]) -> str:
     if torch.compiler.is_exporting():
         return "torch"
     preferred = {"cpu": "native", "cuda": "triton"}.get(device_type, "torch")
-    reason = unavailable_reason(preferred, device_type)
+    reason = unavailable_reason(preferred, device_type) or refusals.get(preferred)
     backend = "torch" if reason else preferred
     _announce(operation, device_type, backend, reason)
     return backend

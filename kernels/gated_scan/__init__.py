@@ -13,8 +13,6 @@ Files: `reference.py` is the definition, `chunked.py` the portable PyTorch form,
 `triton.py` the GPU kernel; `operators.py` registers the last two with PyTorch.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +20,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.gated_scan import chunked, operators, reference
 from kernels.gated_scan.arguments import check_arguments, check_decays, check_tensor
+from kernels.precision import common_dtype, full_precision
 
 __all__ = ["bidirectional_gated_scan", "gated_scan", "log_decay_from_logits"]
 
@@ -73,8 +72,8 @@ def bidirectional_gated_scan(
             query, key, value, log_decay_forward, log_decay_backward, scale, logit_normalizer or 0.0, backend
         )
     plain = (reference if backend == "reference" else chunked).bidirectional_gated_scan
-    tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer))
-    with _full_precision(query.device):
+    tensors = common_dtype(query, key, value, *_log_decays(decays, logit_normalizer))
+    with full_precision(query.device):
         return plain(*tensors, scale).to(value.dtype)
 
 
@@ -122,27 +121,13 @@ def gated_scan(
         return operators.gated_scan(query, key, value, log_decay, initial_state, scale, normalizer, reverse, backend)
     plain = (reference if backend == "reference" else chunked).gated_scan
     states = () if initial_state is None else (initial_state,)
-    tensors = _common_dtype(query, key, value, *_log_decays(decays, logit_normalizer), *states)
-    with _full_precision(query.device):
+    tensors = common_dtype(query, key, value, *_log_decays(decays, logit_normalizer), *states)
+    with full_precision(query.device):
         output, final_state = plain(*tensors[:4], scale, reverse, tensors[4] if states else None)
     return output.to(value.dtype), final_state
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Keep autocast from rounding the sums of the plain forms."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _log_decays(decays: dict[str, Tensor], normalizer: float | None) -> list[Tensor]:
     if normalizer is None:
         return list(decays.values())
     return [log_decay_from_logits(logits, normalizer) for logits in decays.values()]
-
-
-def _common_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Cast to the widest dtype among `tensors`, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]

@@ -39,15 +39,14 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 class NativeTensor(ctypes.Structure):
     """A view of a tensor whose last dimension is contiguous: `struct Tensor` of kernels/native/tensor.h."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3), ("dtype", ctypes.c_int32))
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("dtype", ctypes.c_int32))
 
 
 def native_tensor(tensor: torch.Tensor | None) -> NativeTensor:
-    """Describe `tensor` (four dimensions, the last contiguous; None is a null pointer) to a kernel."""
+    """Describe `tensor` (at most five dimensions, the last contiguous; None is a null pointer) to a kernel."""
     if tensor is None:
         return NativeTensor()
-    strides = tensor.stride()
-    return NativeTensor(tensor.data_ptr(), (ctypes.c_int64 * 3)(*strides[:3]), DTYPE_CODES[tensor.dtype])
+    return NativeTensor(tensor.data_ptr(), tensor.stride()[:-1], DTYPE_CODES[tensor.dtype])
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:

@@ -85,15 +85,18 @@ template <typename T, typename M> INLINE Vector<T> load_as(const M* p) {
 }
 template <typename V> using Element = std::decay_t<decltype(V{}[0])>;
 
+// The bits of bfloat16s nearest to the floats of which `bits` are the bits (32 each): ties to even, NaN stays NaN.
+template <typename W> INLINE W round_to_bfloat16(W bits) {
+    const W rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    const W not_a_number = (bits >> 16) | 0x40;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? not_a_number : rounded;
+}
+
 template <typename M, typename V> INLINE void store_as(M* p, V v) {
     if constexpr (std::is_same_v<M, Element<V>>) {
         store<M>(p, v);
     } else if constexpr (std::is_same_v<M, BFloat16> && std::is_same_v<Element<V>, float>) {
-        const Words bits = (Words)v;
-        const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-        const Words not_a_number = (bits >> 16) | 0x40;
-        const Words chosen = (bits & 0x7fffffffu) > 0x7f800000u ? not_a_number : rounded;
-        *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(chosen, HalfWords);
+        *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(round_to_bfloat16((Words)v), HalfWords);
     } else {
         for (int i = 0; i < LANES<Element<V>>; i++) p[i] = narrow<M>(v[i]);
     }
@@ -132,55 +135,57 @@ template <typename T> INLINE T sum(Vector<T> v) {
     return lanes[0];
 }
 
-// exp, to about one unit in the last place in float; 0 below -87, so never a denormal; NaN stays NaN.
-INLINE Vector<float> exponential(Vector<float> x) {
-    using V = Vector<float>;
-    typedef Mask<float> I;
-    const Mask<float> tiny = x < -87.0f;
-    x = minimum<float>(tiny ? V{} - 87.0f : x, V{} + 88.0f);
-    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    V n = x * 1.44269504088896341f + shifter;
-    const I exponent = (I)n << 23;
-    n -= shifter;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = V{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const I scaled = (I)p + exponent;
-    const V result = (V)scaled;
-    return x != x ? x : (tiny ? V{} : result);
-}
-INLINE Vector<double> exponential(Vector<double> x) {
-    for (int i = 0; i < LANES<double>; i++) x[i] = std::exp(x[i]);
-    return x;
+// exp, to about one unit in the last place in float; 0 below -87, so never a denormal; NaN stays NaN. V is a vector of any
+// number of lanes.
+template <typename V> INLINE V exponential(V x) {
+    if constexpr (std::is_same_v<Element<V>, float>) {
+        typedef decltype(x < x) I;
+        const I tiny = x < -87.0f;
+        x = tiny ? V{} - 87.0f : x;
+        x = x > 88.0f ? V{} + 88.0f : x;
+        const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        V n = x * 1.44269504088896341f + shifter;
+        const I exponent = (I)n << 23;
+        n -= shifter;
+        const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+        V p = V{} + 1.9875691500e-4f;
+        p = p * r + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = p * (r * r) + r + 1.0f;
+        const I scaled = (I)p + exponent;
+        const V result = (V)scaled;
+        return x != x ? x : (tiny ? V{} : result);
+    } else {
+        for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); i++) x[i] = std::exp(x[i]);
+        return x;
+    }
 }
 
 // log(1 + x) for 0 <= x <= 1, absolute error below 1e-7 in float.
-INLINE Vector<float> log_one_plus(Vector<float> x) {
-    using V = Vector<float>;
-    const V y = x + 1.0f;
-    const Mask<float> large = y > 1.41421356f;
-    const V m = large ? (x - 1.0f) * 0.5f : x;  // y = 2 (1 + m) or 1 + m
-    const V z = m * m;
-    V p = V{} + 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
-    const V result = m + (p * m * z - 0.5f * z);
-    return large ? result + 0.69314718056f : result;
-}
-INLINE Vector<double> log_one_plus(Vector<double> x) {
-    for (int i = 0; i < LANES<double>; i++) x[i] = std::log1p(x[i]);
-    return x;
+template <typename V> INLINE V log_one_plus(V x) {
+    if constexpr (std::is_same_v<Element<V>, float>) {
+        const V y = x + 1.0f;
+        const auto large = y > 1.41421356f;
+        const V m = large ? (x - 1.0f) * 0.5f : x;  // y = 2 (1 + m) or 1 + m
+        const V z = m * m;
+        V p = V{} + 7.0376836292e-2f;
+        p = p * m - 1.1514610310e-1f;
+        p = p * m + 1.1676998740e-1f;
+        p = p * m - 1.2420140846e-1f;
+        p = p * m + 1.4249322787e-1f;
+        p = p * m - 1.6668057665e-1f;
+        p = p * m + 2.0000714765e-1f;
+        p = p * m - 2.4999993993e-1f;
+        p = p * m + 3.3333331174e-1f;
+        const V result = m + (p * m * z - 0.5f * z);
+        return large ? result + 0.69314718056f : result;
+    } else {
+        for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); i++) x[i] = std::log1p(x[i]);
+        return x;
+    }
 }
 
 template <typename T> INLINE Vector<T> absolute(Vector<T> x) { return x < 0 ? -x : x; }

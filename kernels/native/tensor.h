@@ -8,7 +8,7 @@
 
 struct Tensor {
     void* data;
-    int64_t strides[3];  // in elements: the first three of four dimensions; the last is contiguous
+    int64_t strides[4];  // in elements, of up to four dimensions before the last, which is contiguous
     int32_t dtype;       // 0 float, 1 double, 2 bfloat16
 };
 
