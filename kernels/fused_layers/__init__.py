@@ -11,9 +11,10 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.fused_layers import operators, reference
 
-__all__ = ["depthwise_convolution", "gated_norm_mix", "rms_norm", "swiglu"]
+__all__ = ["depthwise_convolution", "gated_norm_mix", "gated_product", "rms_norm", "swiglu"]
 
 ACTIVATIONS = (None, "silu")
+GATES = ("sigmoid", "silu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -39,30 +40,76 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
 
 
 def depthwise_convolution(
-    x: Tensor, weight: Tensor, *, activation: str | None = None, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """3x3 depthwise convolution of channels-last maps with zero padding 1 and no bias, then the activation.
+    """`residual + activation(convolution + bias)`: a depthwise convolution of channels-last maps that keeps their size.
+
+    `x` and `residual` may be slices of channels of wider maps: on CPU nothing is copied.
 
     Args:
         x: (B, H, W, C).
-        weight: (C, 1, 3, 3).
+        weight: (C, 1, K, K) with K odd; outside of the map lie (K - 1) / 2 zeros.
+        bias: (C,), or None for none.
+        residual: (B, H, W, C), added at the end; `x` itself or another map, or None for none.
         activation: None or "silu".
         backend: as in `rms_norm`.
 
     Returns:
-        (B, H, W, C); the dtype as in `rms_norm`.
+        (B, H, W, C) in the dtype of `x`, under autocast in autocast's. A residual is not rounded to it: with one the
+        dtype is that of the sum, as in PyTorch.
 
     Raises:
         ValueError: shapes do not fit or the activation is unknown.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, height, width, channels)")
-    _check_shape("weight", weight, (x.shape[-1], 1, 3, 3), x)
+    _check_map(x)
+    _check_taps(weight, x)
+    if bias is not None:
+        _check_shape("bias", bias, (x.shape[-1],), x)
+    if residual is not None:
+        _check_shape("residual", residual, tuple(x.shape), x)
     activate = _check_activation(activation)
     dtype = _output_dtype(x)
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
     if resolve_backend("depthwise_convolution", x.device, backend) == "native":
-        return operators.depthwise_convolution(x, weight, activate, dtype)
-    return reference.depthwise_convolution(x, weight, activation).to(dtype)
+        add_input = residual is x
+        return operators.depthwise_convolution(
+            x, weight, bias, None if add_input else residual, add_input, activate, dtype
+        )
+    return reference.depthwise_convolution(x, weight, bias, residual, activation).to(dtype)
+
+
+def gated_product(x: Tensor, logits: Tensor, kind: str, *, backend: str | None = None) -> Tensor:
+    """`x * sigmoid(logits)` or `x * silu(logits)`.
+
+    Both may be slices of channels of a wider projection: on CPU nothing is copied.
+
+    Args:
+        x: (..., C).
+        logits: (..., C).
+        kind: "sigmoid" or "silu".
+        backend: as in `rms_norm`.
+
+    Returns:
+        (..., C) in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes do not fit or the kind is unknown.
+    """
+    if x.dim() == 0:
+        raise ValueError("x is a scalar; it must be (..., channels)")
+    _check_shape("logits", logits, tuple(x.shape), x)
+    if kind not in GATES:
+        raise ValueError(f"kind is {kind!r}; valid are 'sigmoid' and 'silu'")
+    if resolve_backend("gated_product", x.device, backend) == "native":
+        return operators.gated_product(x, logits, kind == "silu")
+    return reference.gated_product(x, logits, kind).to(x.dtype)
 
 
 def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -125,6 +172,18 @@ def gated_norm_mix(
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of {tuple(x.shape)} it must be {shape}")
+
+
+def _check_map(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, height, width, channels)")
+
+
+def _check_taps(weight: Tensor, x: Tensor) -> None:
+    size = weight.shape[-1] if weight.dim() else 0
+    if size % 2 == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (channels, 1, K, K) with K odd")
+    _check_shape("weight", weight, (x.shape[-1], 1, size, size), x)
 
 
 def _check_activation(activation: str | None) -> bool:

@@ -1,44 +1,8 @@
 // The elementwise layers around the scan on CPU: every tensor is read once and written once, SIMD over the channels.
-//
-// T is the type of the arithmetic (float or double), M the type in memory. Gradients that sum over rows are summed by
-// thread over fixed ranges of rows and then over threads in order: the same bits for the same thread count.
 
-#include <omp.h>
-
-#include <algorithm>
-#include <vector>
-
-#include "tensor.h"
+#include "layers.h"
 
 namespace {
-
-using namespace simd;
-
-// Calls f(T, M, O): arithmetic, memory and second memory type (the output's, or its gradient's).
-template <typename F> void with_types(int32_t memory, int32_t other, F&& f) {
-    with_type(memory, [&](auto* m) {
-        with_type(other, [&](auto* o) {
-            using M = std::remove_pointer_t<decltype(m)>;
-            using O = std::remove_pointer_t<decltype(o)>;
-            if constexpr (std::is_same_v<M, double> && std::is_same_v<O, double>) f(double{}, M{}, O{});
-            if constexpr (!std::is_same_v<M, double> && !std::is_same_v<O, double>) f(float{}, M{}, O{});
-        });
-    });
-}
-
-// f(vector of channel c, number of valid lanes) over 0..width
-template <typename T, typename F> INLINE void over_channels(int64_t width, F&& f) {
-    constexpr int L = LANES<T>;
-    int64_t c = 0;
-    for (; c + L <= width; c += L) f(c, L);
-    if (c < width) f(c, int(width - c));
-}
-
-template <typename T> INLINE Vector<T> silu(Vector<T> x) { return x * sigmoid<T>(x); }
-template <typename T> INLINE Vector<T> silu_slope(Vector<T> x) {
-    const Vector<T> s = sigmoid<T>(x);
-    return s * (1 + x * (1 - s));
-}
 
 template <typename T, typename M> INLINE T inverse_rms(const M* row, int64_t width, T eps) {
     Vector<T> squares{};
@@ -47,14 +11,6 @@ template <typename T, typename M> INLINE T inverse_rms(const M* row, int64_t wid
         squares += x * x;
     });
     return 1 / std::sqrt(sum<T>(squares) / T(width) + eps);
-}
-
-struct Range {
-    int64_t begin, end;
-};
-INLINE Range share(int64_t count) {  // this thread's fixed part of 0..count
-    const int64_t threads = omp_get_num_threads(), i = omp_get_thread_num();
-    return {count * i / threads, count * (i + 1) / threads};
 }
 
 // Adds the threads' partial sums ([threads][width]) into `total`.
@@ -78,34 +34,6 @@ INLINE void rms_norm_row_backward(const M* x, const O* dy, const T* weight, int6
         const Vector<T> xv = load_part<T>(x + c, n), g = load_part<T>(dy + c, n);
         store_part(dx + c, (load_part<T>(weight + c, n) * g - xv * correction) * r, n);
     });
-}
-
-// A 3x3 window of a channels-last map around (y, x): the pointers of its nine pixels, null outside.
-template <typename M> struct Map {
-    const M* data;
-    int64_t height, width, channels;
-
-    const M* pixel(int64_t y, int64_t x) const {
-        return y < 0 || y >= height || x < 0 || x >= width ? nullptr : data + (y * width + x) * channels;
-    }
-};
-
-// sum over the window of pixel * weight; `weight` is [9][channels].
-template <typename T, typename M>
-INLINE Vector<T> window_sum(const M* const* window, const T* weight, int64_t channels, int64_t c, int n) {
-    Vector<T> total{};
-#pragma GCC unroll 9
-    for (int i = 0; i < 9; i++)
-        if (window[i]) total += load_part<T>(window[i] + c, n) * load_part<T>(weight + i * channels + c, n);
-    return total;
-}
-
-template <typename M, typename F> void over_windows(const Map<M>& map, int64_t row, F&& f) {
-    for (int64_t x = 0; x < map.width; x++) {
-        const M* window[9];
-        for (int i = 0; i < 9; i++) window[i] = map.pixel(row + i / 3 - 1, x + i % 3 - 1);
-        f(x, window);
-    }
 }
 
 }  // namespace
@@ -191,90 +119,47 @@ extern "C" void swiglu_backward(const void* grad, const void* x, void* grad_x, i
     });
 }
 
-// Maps [batch, height, width, channels]; weight [9][channels].
-extern "C" void depthwise_convolution_forward(
-    const void* x, const void* weight, void* out, int memory, int other, int64_t batch, int64_t height, int64_t width, int64_t channels,
-    int activate, int threads
-) {
-    const int64_t image = height * width * channels;
-    with_types(memory, other, [&](auto t, auto m, auto o) {
+// x, logits [rows, width] with evenly spaced rows -> out [rows, width], contiguous: x * sigmoid(logits) or x * silu(logits).
+extern "C" void gated_product_forward(Tensor x, Tensor logits, Tensor out, int64_t rows, int64_t width, int with_silu, int threads) {
+    with_types(x.dtype, logits.dtype, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
 #pragma omp parallel for num_threads(threads)
-        for (int64_t i = 0; i < batch * height; i++) {
-            const Map<M> map{static_cast<const M*>(x) + i / height * image, height, width, channels};
-            O* to = static_cast<O*>(out) + i * width * channels;
-            over_windows(map, i % height, [&](int64_t column, const M* const* window) {
-                over_channels<T>(channels, [&](int64_t c, int n) {
-                    const Vector<T> sum = window_sum<T>(window, static_cast<const T*>(weight), channels, c, n);
-                    store_part(to + column * channels + c, activate ? silu<T>(sum) : sum, n);
-                });
+        for (int64_t i = 0; i < rows; i++) {
+            const M* from = static_cast<const M*>(x.data) + i * x.strides[0];
+            const O* gate = static_cast<const O*>(logits.data) + i * logits.strides[0];
+            M* to = static_cast<M*>(out.data) + i * width;
+            over_channels<T>(width, [&](int64_t c, int n) {
+                const Vector<T> logit = load_part<T>(gate + c, n);
+                store_part(to + c, load_part<T>(from + c, n) * (with_silu ? silu<T>(logit) : sigmoid<T>(logit)), n);
             });
         }
     });
 }
 
-// `slopes` is room for [batch, height, width, channels] of the arithmetic's type, used where there is an activation.
-extern "C" void depthwise_convolution_backward(
-    const void* grad, const void* x, const void* weight, void* grad_x, void* grad_weight, void* slopes, int memory, int other,
-    int64_t batch, int64_t height, int64_t width, int64_t channels, int activate, int threads
+// The gradients have the types of their tensors and are contiguous; grad has the type of x.
+extern "C" void gated_product_backward(
+    Tensor grad, Tensor x, Tensor logits, Tensor grad_x, Tensor grad_logits, int64_t rows, int64_t width, int with_silu, int threads
 ) {
-    const int64_t image = height * width * channels;
-    with_types(memory, other, [&](auto t, auto m, auto o) {
+    with_types(x.dtype, logits.dtype, [&](auto t, auto m, auto o) {
         using T = decltype(t);
         using M = decltype(m);
         using O = decltype(o);
-        const T* w = static_cast<const T*>(weight);
-        std::vector<T> flipped(9 * channels), partials(threads * 9 * channels);
-        for (int i = 0; i < 9; i++) std::copy(w + i * channels, w + (i + 1) * channels, flipped.data() + (8 - i) * channels);
-        // The gradient before the activation: grad itself, or grad * silu'(the convolution, computed again).
-        if (activate) {
 #pragma omp parallel for num_threads(threads)
-            for (int64_t i = 0; i < batch * height; i++) {
-                const Map<M> map{static_cast<const M*>(x) + i / height * image, height, width, channels};
-                const O* dy = static_cast<const O*>(grad) + i * width * channels;
-                T* to = static_cast<T*>(slopes) + i * width * channels;
-                over_windows(map, i % height, [&](int64_t column, const M* const* window) {
-                    over_channels<T>(channels, [&](int64_t c, int n) {
-                        const Vector<T> sum = window_sum<T>(window, w, channels, c, n);
-                        const int64_t at = column * channels + c;
-                        store_part(to + at, load_part<T>(dy + at, n) * silu_slope<T>(sum), n);
-                    });
-                });
-            }
+        for (int64_t i = 0; i < rows; i++) {
+            const M* dy = static_cast<const M*>(grad.data) + i * grad.strides[0];
+            const M* from = static_cast<const M*>(x.data) + i * x.strides[0];
+            const O* gate = static_cast<const O*>(logits.data) + i * logits.strides[0];
+            M* to = static_cast<M*>(grad_x.data) + i * width;
+            O* to_logits = static_cast<O*>(grad_logits.data) + i * width;
+            over_channels<T>(width, [&](int64_t c, int n) {
+                const Vector<T> logit = load_part<T>(gate + c, n), g = load_part<T>(dy + c, n), s = sigmoid<T>(logit);
+                const Vector<T> slope = with_silu ? s * (1 + logit * (1 - s)) : s * (1 - s);
+                store_part(to + c, g * (with_silu ? logit * s : s), n);
+                store_part(to_logits + c, g * load_part<T>(from + c, n) * slope, n);
+            });
         }
-        const auto gradients = [&](const auto* before) {
-            using G = std::remove_const_t<std::remove_pointer_t<decltype(before)>>;
-#pragma omp parallel num_threads(threads)
-            {
-                const Range range = share(batch * height);
-                T* weight_sum = partials.data() + omp_get_thread_num() * 9 * channels;
-                for (int64_t i = range.begin; i < range.end; i++) {
-                    const Map<G> map{before + i / height * image, height, width, channels};
-                    const M* pixels = static_cast<const M*>(x) + i * width * channels;
-                    M* to = static_cast<M*>(grad_x) + i * width * channels;
-                    over_windows(map, i % height, [&](int64_t column, const G* const* window) {
-                        over_channels<T>(channels, [&](int64_t c, int n) {
-                            const int64_t at = column * channels + c;
-                            store_part(to + at, window_sum<T>(window, flipped.data(), channels, c, n), n);
-                            const Vector<T> pixel = load_part<T>(pixels + at, n);
-#pragma GCC unroll 9
-                            for (int j = 0; j < 9; j++)
-                                if (window[j]) {
-                                    T* sum = weight_sum + (8 - j) * channels + c;
-                                    store_part(sum, load_part<T>(sum, n) + pixel * load_part<T>(window[j] + c, n), n);
-                                }
-                        });
-                    });
-                }
-            }
-        };
-        if (activate)
-            gradients(static_cast<const T*>(slopes));
-        else
-            gradients(static_cast<const O*>(grad));
-        add_partials(partials, 9 * channels, static_cast<T*>(grad_weight));
     });
 }
 

@@ -1,44 +1,93 @@
-"""Calls the CPU kernels of `native.cpp`; every function here returns new contiguous tensors."""
+"""Calls the CPU kernels of `native.cpp` and `convolution.cpp`; every function here returns new contiguous tensors."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from kernels.native import DTYPE_CODES, library
+from kernels.native import DTYPE_CODES, NativeTensor, library
 
-_POINTERS = {  # how many pointers each kernel takes before its dtype codes
-    "rms_norm_forward": (3, 2),
-    "rms_norm_backward": (5, 2),
-    "swiglu_forward": (2, 1),
-    "swiglu_backward": (3, 1),
-    "depthwise_convolution_forward": (3, 2),
-    "depthwise_convolution_backward": (6, 2),
-    "gated_norm_mix_forward": (6, 1),
-    "gated_norm_mix_backward": (11, 1),
+_ARGUMENTS = {  # of each kernel, in this order: maps, pointers, dtype codes; then its parameters and the thread count
+    "rms_norm_forward": (0, 3, 2),
+    "rms_norm_backward": (0, 5, 2),
+    "swiglu_forward": (0, 2, 1),
+    "swiglu_backward": (0, 3, 1),
+    "gated_product_forward": (3, 0, 0),
+    "gated_product_backward": (5, 0, 0),
+    "gated_norm_mix_forward": (0, 6, 1),
+    "gated_norm_mix_backward": (0, 11, 1),
+    "depthwise_convolution_forward": (3, 2, 0),
+    "depthwise_convolution_backward": (3, 4, 0),
 }
-_PARAMETERS = {  # C types of the sizes and options between the dtype codes and the thread count
+_PARAMETERS = {  # C types of the sizes and options
     "rms_norm": (ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
     "swiglu": (ctypes.c_int64, ctypes.c_int64),
-    "depthwise_convolution": (*[ctypes.c_int64] * 4, ctypes.c_int),
+    "gated_product": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
     "gated_norm_mix": (*[ctypes.c_int64] * 4, ctypes.c_double, ctypes.c_int),
+    "depthwise_convolution": (*[ctypes.c_int64] * 5, ctypes.c_int, ctypes.c_int),
 }
 
 
 @cache
 def _function(name: str):
-    function = getattr(library("fused_layers/native.cpp"), name)
-    pointers, codes = _POINTERS[name]
-    parameters = _PARAMETERS[name.rsplit("_", 1)[0]]
-    function.argtypes = (*[ctypes.c_void_p] * pointers, *[ctypes.c_int] * codes, *parameters, ctypes.c_int)
+    layer = name.rsplit("_", 1)[0]
+    source = "convolution" if layer == "depthwise_convolution" else "native"
+    function = getattr(library(f"fused_layers/{source}.cpp"), name)
+    maps, pointers, codes = _ARGUMENTS[name]
+    tensors = (*[NativeTensor] * maps, *[ctypes.c_void_p] * pointers, *[ctypes.c_int] * codes)
+    function.argtypes = (*tensors, *_PARAMETERS[layer], ctypes.c_int)
     function.restype = None
     return function
 
 
-def _run(name: str, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...], *parameters: int | float) -> None:
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    _function(name)(*pointers, *[DTYPE_CODES[dtype] for dtype in dtypes], *parameters, torch.get_num_threads())
+def _run(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+    *parameters: int | float,
+    maps: Sequence[Tensor | None] = (),
+) -> None:
+    """Call a kernel.
+
+    Args:
+        name: of the kernel.
+        tensors: contiguous ones whose dtypes the kernel knows from `dtypes`.
+        dtypes: passed as codes.
+        parameters: sizes and options.
+        maps: tensors (..., C) passed with their dtypes; where their rows are evenly spaced they are not copied.
+    """
+    spaced = [(None, 0) if tensor is None else _evenly_spaced(tensor) for tensor in maps]
+    described = [_description(tensor, stride) for tensor, stride in spaced]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    codes = [DTYPE_CODES[dtype] for dtype in dtypes]
+    _function(name)(*described, *pointers, *codes, *parameters, torch.get_num_threads())
+
+
+def _description(tensor: Tensor | None, stride: int) -> NativeTensor:
+    if tensor is None:
+        return NativeTensor()
+    return NativeTensor(tensor.data_ptr(), (stride,), DTYPE_CODES[tensor.dtype])
+
+
+def _evenly_spaced(tensor: Tensor) -> tuple[Tensor, int]:
+    """`tensor` (..., C) with adjacent channels and evenly spaced rows (a slice of channels has them), copied only where
+    it has not, and the elements between rows."""
+    *sizes, width = tensor.shape
+    *strides, between_channels = tensor.stride()
+    between_rows = expected = None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if between_rows is None:
+            between_rows = stride
+        elif stride != expected:
+            return tensor.contiguous(), width
+        expected = stride * size
+    if between_channels != 1 and width > 1:
+        return tensor.contiguous(), width
+    return tensor, width if between_rows is None else between_rows
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -93,28 +142,70 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x.to(x.dtype)
 
 
-def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(_arithmetic(dtype)).reshape(-1, 9).t().contiguous()  # (9, C)
+def _in_memory_of(arithmetic: torch.dtype, tensor: Tensor) -> Tensor:
+    """`tensor` in a dtype from which a kernel of that arithmetic reads."""
+    if arithmetic == torch.float64:
+        return tensor.double()
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()
 
 
-def depthwise_convolution(x: Tensor, weight: Tensor, activate: bool, dtype: torch.dtype) -> Tensor:
-    read = _readable(x)
+def gated_product(x: Tensor, logits: Tensor, silu: bool) -> Tensor:
+    wide = _arithmetic(torch.promote_types(x.dtype, logits.dtype))
+    read, gate = (_in_memory_of(wide, tensor) for tensor in (x, logits))
+    out = torch.empty(x.shape, dtype=read.dtype)
+    if out.numel():
+        width = x.shape[-1]
+        _run("gated_product_forward", (), (), out.numel() // width, width, silu, maps=(read, gate, out))
+    return out.to(x.dtype)
+
+
+def gated_product_backward(grad: Tensor, x: Tensor, logits: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    wide = _arithmetic(torch.promote_types(x.dtype, logits.dtype))
+    read, gate = (_in_memory_of(wide, tensor) for tensor in (x, logits))
+    grad_x, grad_logits = (torch.empty(x.shape, dtype=tensor.dtype) for tensor in (read, gate))
+    if grad_x.numel():
+        width = x.shape[-1]
+        maps = (grad.to(read.dtype), read, gate, grad_x, grad_logits)
+        _run("gated_product_backward", (), (), grad_x.numel() // width, width, silu, maps=maps)
+    return grad_x.to(x.dtype), grad_logits.to(logits.dtype)
+
+
+def depthwise_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    add_input: bool,
+    activate: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    wide = _arithmetic(dtype)
     out = torch.empty(x.shape, dtype=dtype if dtype in DTYPE_CODES else torch.float32)
     if out.numel():
-        tensors = (read, _taps(weight, read.dtype), out)
-        _run("depthwise_convolution_forward", tensors, (read.dtype, out.dtype), *x.shape, activate)
+        read = _in_memory_of(wide, x)
+        added = read if add_input else None if residual is None else _in_memory_of(wide, residual)
+        weights = (_weight(weight, wide), None if bias is None else _weight(bias, wide))
+        sizes = (*x.shape, weight.shape[-1])
+        _run("depthwise_convolution_forward", weights, (), *sizes, activate, False, maps=(read, added, out))
     return out.to(dtype)
 
 
-def depthwise_convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
-    grad, read = _readable(grad), _readable(x)
-    taps = _taps(weight, read.dtype)
-    grad_x, grad_taps = torch.empty(x.shape, dtype=read.dtype), torch.zeros_like(taps)
+def depthwise_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add_input: bool, activate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (zeros like the weight's where there is none)."""
+    wide = _arithmetic(x.dtype)
+    read = _in_memory_of(wide, x)
+    weights = (_weight(weight, wide), None if bias is None else _weight(bias, wide))
+    grad_x, grad_weight = torch.empty(x.shape, dtype=read.dtype), torch.zeros_like(weights[0])
+    grad_bias = torch.zeros(weight.shape[0], dtype=wide)
     if grad_x.numel():
-        slopes = torch.empty(x.shape if activate else 0, dtype=taps.dtype)
-        tensors = (grad, read, taps, grad_x, grad_taps, slopes)
-        _run("depthwise_convolution_backward", tensors, (read.dtype, grad.dtype), *x.shape, activate)
-    return grad_x.to(x.dtype), grad_taps.t().contiguous().reshape(weight.shape).to(weight.dtype)
+        tensors = (*weights, grad_weight, grad_bias)
+        maps = (_in_memory_of(wide, grad), read, grad_x)
+        sizes = (*x.shape, weight.shape[-1])
+        _run("depthwise_convolution_backward", tensors, (), *sizes, activate, add_input, maps=maps)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
 def _mix_dtype(*tensors: Tensor) -> torch.dtype:
@@ -122,18 +213,6 @@ def _mix_dtype(*tensors: Tensor) -> torch.dtype:
     if any(t.dtype == torch.float64 for t in tensors):
         return torch.float64
     return torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tensors) else torch.float32
-
-
-def _evenly_spaced(gate_logits: Tensor) -> tuple[Tensor, int]:
-    """`gate_logits` (B, N, H, V) with adjacent heads and evenly spaced tokens (a slice of channels has them), and the
-    elements between tokens."""
-    batch, tokens, heads, width = gate_logits.shape
-    stride = gate_logits.stride()
-    between_tokens = stride[1] if tokens > 1 else stride[0]
-    even = batch == 1 or tokens == 1 or stride[0] == tokens * stride[1]
-    if even and stride[3] == 1 and (heads == 1 or stride[2] == width):
-        return gate_logits, between_tokens
-    return gate_logits.contiguous(), heads * width
 
 
 def gated_norm_mix(
@@ -146,7 +225,7 @@ def gated_norm_mix(
     activate: bool,
 ) -> Tensor:
     dtype = _mix_dtype(scan, local, gate_logits)
-    gate, token_stride = _evenly_spaced(gate_logits.to(dtype))
+    gate, token_stride = _evenly_spaced(gate_logits.to(dtype).flatten(2))
     out = torch.empty(scan.shape, dtype=dtype)
     if out.numel():
         batch, tokens, heads, width = scan.shape
@@ -167,7 +246,7 @@ def gated_norm_mix_backward(
     activate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _mix_dtype(scan, local, gate_logits)
-    gate, token_stride = _evenly_spaced(gate_logits.to(dtype))
+    gate, token_stride = _evenly_spaced(gate_logits.to(dtype).flatten(2))
     weights = (_weight(scan_weight, dtype), _weight(local_weight, dtype))
     gradients = (*[torch.empty(scan.shape, dtype=dtype) for _ in range(3)], *[torch.zeros_like(w) for w in weights])
     if scan.numel():

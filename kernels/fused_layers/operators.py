@@ -72,33 +72,82 @@ def _swiglu_gradient(ctx, grad):
 swiglu.register_autograd(_swiglu_gradient, setup_context=_save_swiglu)
 
 
+@torch.library.custom_op("gated_vision::gated_product", mutates_args=(), device_types="cpu")
+def gated_product(x: Tensor, logits: Tensor, silu: bool) -> Tensor:
+    return native.gated_product(x, logits, silu)
+
+
+@gated_product.register_fake
+def _(x, logits, silu):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("gated_vision::gated_product_backward", mutates_args=(), device_types="cpu")
+def gated_product_backward(grad: Tensor, x: Tensor, logits: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    return native.gated_product_backward(grad, x, logits, silu)
+
+
+@gated_product_backward.register_fake
+def _(grad, x, logits, silu):
+    return x.new_empty(x.shape), logits.new_empty(logits.shape)
+
+
+def _save_product(ctx, inputs, output):
+    x, logits, ctx.silu = inputs
+    ctx.save_for_backward(x, logits)
+
+
+def _product_gradients(ctx, grad):
+    return *gated_product_backward(grad, *ctx.saved_tensors, ctx.silu), None
+
+
+gated_product.register_autograd(_product_gradients, setup_context=_save_product)
+
+
+# `add_input` stands for a residual that is x itself: backward then adds its gradient in the same pass.
 @torch.library.custom_op("gated_vision::depthwise_convolution", mutates_args=(), device_types="cpu")
-def depthwise_convolution(x: Tensor, weight: Tensor, activate: bool, dtype: torch.dtype) -> Tensor:
-    return native.depthwise_convolution(x, weight, activate, dtype)
+def depthwise_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    add_input: bool,
+    activate: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return native.depthwise_convolution(x, weight, bias, residual, add_input, activate, dtype)
 
 
 @depthwise_convolution.register_fake
-def _(x, weight, activate, dtype):
+def _(x, weight, bias, residual, add_input, activate, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.custom_op("gated_vision::depthwise_convolution_backward", mutates_args=(), device_types="cpu")
-def depthwise_convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, activate: bool) -> tuple[Tensor, Tensor]:
-    return native.depthwise_convolution_backward(grad, x, weight, activate)
+def depthwise_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add_input: bool, activate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return native.depthwise_convolution_backward(grad, x, weight, bias, add_input, activate)
 
 
 @depthwise_convolution_backward.register_fake
-def _(grad, x, weight, activate):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(grad, x, weight, bias, add_input, activate):
+    like_bias = weight if bias is None else bias
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), like_bias.new_empty(weight.shape[:1])
 
 
 def _save_convolution(ctx, inputs, output):
-    x, weight, ctx.activate, _ = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, residual, ctx.add_input, ctx.activate, _ = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, weight, bias)
 
 
 def _convolution_gradients(ctx, grad):
-    return *depthwise_convolution_backward(grad, *ctx.saved_tensors, ctx.activate), None, None
+    x, weight, bias = ctx.saved_tensors
+    gradients = depthwise_convolution_backward(grad, x, weight, bias, ctx.add_input, ctx.activate)
+    grad_bias = None if bias is None else gradients[2]
+    grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+    return *gradients[:2], grad_bias, grad_residual, None, None, None
 
 
 depthwise_convolution.register_autograd(_convolution_gradients, setup_context=_save_convolution)

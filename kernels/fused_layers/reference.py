@@ -11,10 +11,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse).to(x.dtype) * weight.to(x.dtype)
 
 
-def depthwise_convolution(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
-    channels = x.shape[-1]
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), padding=1, groups=channels).permute(0, 2, 3, 1)
-    return F.silu(out) if activation == "silu" else out
+def depthwise_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    channels, padding = x.shape[-1], weight.shape[-1] // 2
+    bias = None if bias is None else bias.to(x.dtype)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias, padding=padding, groups=channels)
+    out = out.permute(0, 2, 3, 1)
+    out = F.silu(out) if activation == "silu" else out
+    return out if residual is None else residual + out
+
+
+def gated_product(x: Tensor, logits: Tensor, kind: str) -> Tensor:
+    return x * (F.silu(logits) if kind == "silu" else logits.sigmoid())
 
 
 def swiglu(x: Tensor) -> Tensor:

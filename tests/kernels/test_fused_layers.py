@@ -151,7 +151,7 @@ def test_compiles_without_graph_breaks(layer):
     [
         (operators.rms_norm, (*rms_norm_inputs(5), 1e-6, torch.float32)),
         (operators.swiglu, swiglu_inputs(5)),
-        (operators.depthwise_convolution, (*convolution_inputs(5), True, torch.float32)),
+        (operators.depthwise_convolution, (*convolution_inputs(5), None, None, False, True, torch.float32)),
         (operators.gated_norm_mix, (*mix_inputs(5), 1e-6, True)),
     ],
     ids=["rms_norm", "swiglu", "depthwise_convolution", "gated_norm_mix"],
