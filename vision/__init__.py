@@ -8,6 +8,6 @@ if getattr(kernels, "SUITE", None) != "gated-vision-suite":
         f"uninstall it (`pip uninstall kernels`), then reinstall gated-vision-suite"
     )
 
-from vision import vig, vig_hierarchical
+from vision import gated_swin_rmt, rmt, vig, vig_hierarchical
 
-__all__ = ["vig", "vig_hierarchical"]
+__all__ = ["gated_swin_rmt", "rmt", "vig", "vig_hierarchical"]

@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from kernels.backend import use_backend
 from kernels.interleaved_timing import Timing, machine, print_table, ratio, time_interleaved
 from vision.flops import count_macs
+from vision.retention_benchmark import measure_core, measure_models
 
-SECTIONS = ("models", "inference", "training", "precision", "memory", "profile")
+SECTIONS = (
+    *("models", "inference", "training", "precision", "memory", "profile"),
+    *("retention-core", "retention-inference", "retention-training"),
+)
 VIG, DEIT = "vig_tiny_patch16_224", "deit_tiny_patch16_224"
 # (ours, rival, image size, batch)
 INFERENCE = (
@@ -140,6 +144,16 @@ def measure_precision(threads: int, seconds: float) -> list[dict]:
     ]
 
 
+def measure_retention(threads: int, seconds: float, *, training: bool) -> list[dict]:
+    images = torch.randn(4, 3, 224, 224)
+    make = training_step if training else inference
+
+    def prepared(name: str) -> Callable[[], None]:
+        return make(build(name, 224, training=training), images, threads)
+
+    return measure_models(prepared, len(images), threads, seconds)
+
+
 def resident_bytes(field: str) -> int:
     """`VmRSS` (now) or `VmHWM` (at most so far) of this process, as Linux tells it."""
     status = Path("/proc/self/status").read_text()
@@ -186,6 +200,7 @@ def measure_memory() -> list[dict]:
 def describe_models(threads: int, seconds: float) -> list[dict]:
     """Parameters, multiply-accumulates (the scan's included) and the latency of one 224-pixel image."""
     names = [n for n in timm.list_models("vig_*") if n.endswith("224") or n.startswith("vig_h")]
+    names += timm.list_models(["rmt_*", "gated_swin_rmt_*"])
     rows = []
     for name in sorted(names):
         model = timm.create_model(name).eval()
@@ -281,6 +296,18 @@ def main(arguments: list[str]) -> None:
         "training": ("Training step, float32", lambda: compare(TRAINING, threads, seconds, training=True)),
         "precision": ("Precision and growth with size", lambda: measure_precision(threads[-1], seconds)),
         "memory": ("Peak memory of a training step, batch 1", measure_memory),
+        "retention-core": (
+            "Windowed retention, forward and backward, batch 8, windows of 7x7 shifted by 3",
+            lambda: measure_core(threads[-1], seconds),
+        ),
+        "retention-inference": (
+            "Gated-SwinRMT beside Swin, inference, 4 images of 224 pixels",
+            lambda: measure_retention(threads[-1], seconds, training=False),
+        ),
+        "retention-training": (
+            "Gated-SwinRMT beside Swin, training step, 4 images of 224 pixels",
+            lambda: measure_retention(threads[-1], seconds, training=True),
+        ),
         "profile": ("Where the time goes, one thread", lambda: [*profile(224, 4), *profile(1024, 1)]),
     }
     report = {}

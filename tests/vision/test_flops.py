@@ -31,6 +31,6 @@ def test_cost_is_linear_in_pixels(side, total):
     assert macs.total / 1e9 == pytest.approx(total, rel=2e-3)
 
 
-def test_model_without_scan():
+def test_model_without_mixing():
     macs = count_macs(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten(), nn.Linear(16, 5)), (3, 2, 2))
-    assert (macs.dense, macs.scan) == (3 * 4 * 4 + 16 * 5, 0)
+    assert (macs.dense, macs.mixing) == (3 * 4 * 4 + 16 * 5, 0)

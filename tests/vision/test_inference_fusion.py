@@ -1,31 +1,29 @@
 """`fuse()` merges projections for inference and keeps the numbers."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import vision  # noqa: F401  registers the models
 from kernels.packed_linear import PackedLinear
+from tests.vision.small_models import create, draw_unit_gain
 
-SMALL = {
-    "plain": ("vig_small_patch16_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}),
-    "plain-silu": ("vig_tiny_patch16_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}),
-    "hierarchical": ("vig_h_tiny", {"dims": (16, 32, 32, 32), "depths": (1, 2, 1, 1), "num_heads": (1, 1, 2, 2)}),
+MODELS = {
+    "vig": ("vig", {}),
+    "vig-without-activation": ("vig", {"activation": None}),
+    "vig_h": ("vig_h", {}),
+    "rmt": ("rmt", {}),
+    "retention": ("retention", {}),
+    "retention-headwise": ("retention", {"gate": "headwise"}),
+    "retention-of-residual": ("retention", {"gate_source": "residual", "downsample": "merge"}),
+    "swat": ("swat", {}),
+    "swat-ungated": ("swat", {"value_gate": False}),
 }
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=MODELS)
 def model(request) -> nn.Module:
-    torch.manual_seed(0)
-    name, args = SMALL[request.param]
-    model = timm.create_model(name, num_classes=10, **args)
-    for parameter in model.parameters():  # unit gain, biases and norms not trivial
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        else:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.eval()
+    family, args = MODELS[request.param]
+    return draw_unit_gain(create(family, num_classes=10, **args)).eval()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["f32", "f64"])
@@ -41,14 +39,17 @@ def test_numbers_stay(model, dtype, tolerance):
     assert torch.equal(again, output)
 
 
-def test_one_product_takes_the_place_of_three(model):
+def test_one_product_takes_the_place_of_several(model):
     def projections() -> int:
         return sum(isinstance(module, nn.Linear | PackedLinear) for module in model.modules())
 
-    mixers = sum(name.endswith("qkv_proj") for name, _ in model.named_modules())
+    merged = sum(2 for name, _ in model.named_modules() if name.endswith("qkv_proj"))
+    merged += sum(len(module.projections) - 1 for module in model.modules() if hasattr(module, "projections"))
     before = projections()
     model.fuse()
-    assert projections() == before - 2 * mixers
+    assert merged > 0
+    assert projections() == before - merged
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def test_fused_model_is_for_inference(model):

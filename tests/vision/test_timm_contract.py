@@ -1,4 +1,4 @@
-"""What timm asserts of every backbone (its tests/test_models.py), and what its tools use, on small ViG and ViG-H.
+"""What timm asserts of every backbone (its tests/test_models.py), and what its tools use, on small instances of each.
 
 `test_registered` builds the registered sizes; everything else runs on small instances of the same classes.
 """
@@ -15,30 +15,29 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-NAMES = [
-    "vig_base_patch16_224",
-    "vig_h_base",
-    "vig_h_small",
-    "vig_h_tiny",
-    "vig_nano_patch4_28",
-    "vig_small_patch16_224",
-    "vig_tiny_patch16_224",
-]
-SMALL = {
-    "plain": ("vig_tiny_patch16_224", {"img_size": 64, "embed_dim": 32, "depth": 4, "num_heads": 2}),
-    "hierarchical": ("vig_h_tiny", {"dims": (16, 32, 32, 64), "depths": (1, 2, 1, 1), "num_heads": (1, 1, 2, 2)}),
+from tests.vision.small_models import LAYER_SCALED, SMALL, create
+
+SIZES = {
+    "vig*": (
+        "h_base",
+        "h_small",
+        "h_tiny",
+        "base_patch16_224",
+        "nano_patch4_28",
+        "small_patch16_224",
+        "tiny_patch16_224",
+    ),
+    "rmt*": ("base", "large", "small", "tiny"),
+    "gated_swin_rmt*": [
+        f"{size}_{mixer}" for size in ("base", "medium", "nano", "small", "tiny") for mixer in ("retention", "swat")
+    ],
 }
+NAMES = [f"{prefix.removesuffix('*')}_{size}" for prefix, sizes in SIZES.items() for size in sizes]
 
 
 @pytest.fixture(params=SMALL)
 def family(request) -> str:
     return request.param
-
-
-def create(family: str, **kwargs) -> nn.Module:
-    name, args = SMALL[family]
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"drop_path_rate": 0.0, **args, **kwargs})
 
 
 def images(*shape: int) -> Tensor:
@@ -47,7 +46,7 @@ def images(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_registered(name):
-    assert name in timm.list_models("vig*")
+    assert timm.is_model(name)
     model = timm.create_model(name, device="meta").eval()
     cfg, state_dict = model.default_cfg, model.state_dict()
     assert cfg["architecture"] == name
@@ -64,8 +63,9 @@ def test_registered(name):
     assert len(model.feature_info) >= 3
 
 
-def test_all_sizes_are_listed():
-    assert sorted(timm.list_models("vig_*")) == NAMES
+@pytest.mark.parametrize("pattern", SIZES)
+def test_all_sizes_are_listed(pattern):
+    assert len(timm.list_models(pattern)) == len(SIZES[pattern])
 
 
 def test_hierarchical_size_is_only_checked():
@@ -98,7 +98,7 @@ def test_gradient_checkpointing_changes_nothing(family):
 
 
 def test_every_parameter_gets_a_gradient(family):
-    model = create(family, num_classes=42, init_values=0.1).train()
+    model = create(family, num_classes=42, **LAYER_SCALED[family]).train()
     output = model(images(2, 3, 64, 64))
     assert output.shape == (2, 42)
     output.mean().backward()
@@ -178,7 +178,10 @@ def test_forward_intermediates(family):
     [early] = model.forward_intermediates(batch, indices=[1], stop_early=True, intermediates_only=True)
     assert torch.equal(early, intermediates[1])
     [normed] = model.forward_intermediates(batch, indices=[-1], norm=True, output_fmt="NHWC", intermediates_only=True)
-    assert torch.equal(normed, final)
+    if family.startswith("vig"):
+        assert torch.equal(normed, final)
+    else:  # whose only norm follows the projection
+        assert torch.equal(normed.permute(0, 3, 1, 2), intermediates[-1])
 
 
 def test_prune_intermediate_layers(family):
@@ -200,16 +203,13 @@ def test_group_matcher_orders_layers_by_depth(family, coarse):
     assert set(layer_of) == {name for name, _ in model.named_parameters()}
     assert layer_of[model.default_cfg["first_conv"] + ".weight"] == min(layer_of.values())
     assert layer_of[model.default_cfg["classifier"] + ".weight"] == max(layer_of.values())
-    if family == "plain":
+    if family == "vig":
         order = [layer_of[f"blocks.{i}.attn.o_proj.weight"] for i in range(4)]
         assert order == [1, 2, 3, 4]
     elif not coarse:
-        first, down, following = (
-            "layers.1.blocks.1.op.o_proj.weight",
-            "layers.1.downsample.1.weight",
-            "layers.2.blocks.0",
-        )
-        assert layer_of[first] == layer_of[down] < layer_of[following + ".op.o_proj.weight"]
+        mixer, reduction = ("op.o_proj", "1") if family == "vig_h" else ("retention.out_proj", "reduction")
+        first, down = f"layers.1.blocks.1.{mixer}.weight", f"layers.1.downsample.{reduction}.weight"
+        assert layer_of[first] == layer_of[down] < layer_of[f"layers.2.blocks.0.{mixer}.weight"]
 
 
 def test_layer_decay_groups(family):
@@ -263,14 +263,33 @@ def test_bfloat16_autocast(family):
 @pytest.mark.parametrize(
     ("family", "kwargs", "message"),
     [
-        ("plain", {"num_heads": 5}, "num_heads 5"),
-        ("plain", {"patch_size": 7}, "patch_size is 7"),
-        ("plain", {"img_size": 3}, "img_size is 3"),
-        ("plain", {"img_size": (1, 2, 3)}, "img_size is"),
-        ("plain", {"global_pool": "token"}, "global_pool is 'token'"),
-        ("hierarchical", {"depths": (1, 1)}, "depths"),
-        ("hierarchical", {"num_heads": (1, 1, 2, 5)}, "num_heads 5"),
-        ("hierarchical", {"global_pool": "map"}, "global_pool is 'map'"),
+        ("vig", {"num_heads": 5}, "num_heads 5"),
+        ("vig", {"patch_size": 7}, "patch_size is 7"),
+        ("vig", {"img_size": 3}, "img_size is 3"),
+        ("vig", {"img_size": (1, 2, 3)}, "img_size is"),
+        ("vig", {"global_pool": "token"}, "global_pool is 'token'"),
+        ("vig_h", {"depths": (1, 1)}, "depths"),
+        ("vig_h", {"num_heads": (1, 1, 2, 5)}, "num_heads 5"),
+        ("vig_h", {"global_pool": "map"}, "global_pool is 'map'"),
+        ("rmt", {"depths": (1, 1)}, r"depths \(1, 1\)"),
+        ("rmt", {"chunkwise_recurrents": (True,)}, r"chunkwise_recurrents \(True,\)"),
+        ("rmt", {"num_heads": (1, 3, 2, 4)}, "num_heads 3; the heads must divide"),
+        ("rmt", {"embed_dims": (16, 32, 32, 60)}, "num_heads 4: heads of 15 channels"),
+        ("rmt", {"init_values": (0, 2, 2, 2)}, "init_values is 0"),
+        ("rmt", {"downsample": "pool"}, "downsample is 'pool'; valid are 'conv', 'merge'"),
+        ("retention", {"gate": "scalar"}, "gate is 'scalar'; valid are 'elementwise', 'headwise', 'none'"),
+        ("retention", {"gate_source": "value"}, "gate_source is 'value'; valid are 'normed', 'residual'"),
+        ("retention", {"gate_init": "closed"}, "gate_init is 'closed'; valid are 'default', 'open'"),
+        (
+            "retention",
+            {"alibi": "none"},
+            "alibi is no flag of the retention variant; valid are rope, gate, gate_source",
+        ),
+        ("retention", {"window_size": 0}, "window_size is 0"),
+        ("swat", {"alibi": "learned"}, "alibi is 'learned'; valid are 'distance', 'signed', 'none'"),
+        ("swat", {"post_decay": "none"}, "post_decay is 'none'; valid are 'gamma', 'alibi'"),
+        ("swat", {"swat_norm": "layer"}, "swat_norm is 'layer'; valid are 'clamp', 'sum', 'rmsnorm', 'none'"),
+        ("swat", {"gate": "headwise"}, "gate is no flag of the swat variant; valid are rope, value_gate, alibi"),
     ],
 )
 def test_bad_arguments_are_named(family, kwargs, message):
