@@ -3,11 +3,23 @@
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
+import vision  # noqa: F401  registers the models
+
 CONFIGS = Path(__file__).parents[1] / "configs"
-VISION = sorted((CONFIGS / "vision").glob("*.yaml"))
+COMPARISONS = sorted((CONFIGS / "vision").glob("compare_*.yaml"))
+VISION = sorted({*(CONFIGS / "vision").glob("*.yaml")} - {*COMPARISONS})  # one training each
 SIZES = ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "h_tiny", "h_small", "h_base")
+# The models that the paper of Gated-SwinRMT compares, by their parameters with 100 and with 10 classes.
+RETENTION = {
+    "gated_swin_rmt_medium_swat": (77_396_564, 77_304_314),
+    "gated_swin_rmt_medium_retention": (77_396_564, 77_304_314),
+    "rmt_base": (77_125_076, 77_032_826),
+}
+# Data sets: module of the data, side of the images, batch.
+RETENTION_DATA = {"mini_imagenet": ("ClassFolders", 224, 128), "cifar10": ("Cifar", 32, 512)}
 
 
 def printed_configuration(path, capsys):
@@ -22,7 +34,7 @@ def printed_configuration(path, capsys):
 
 
 def test_no_yaml_is_left_out():
-    assert {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")} == {*VISION}
+    assert {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")} == {*VISION, *COMPARISONS}
 
 
 @pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
@@ -34,11 +46,35 @@ def test_vision_yaml_is_a_valid_configuration(path, capsys):
     assert settings["data"]["class_path"] == written["data"]["class_path"]
 
 
-@pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*VISION, *COMPARISONS], ids=lambda path: path.stem)
 def test_header_holds_the_command_and_a_percentage(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"python -m vision fit --config configs/vision/{path.name}" in header
+    command = "compare" if path in COMPARISONS else "fit"
+    assert f"python -m vision {command} --config configs/vision/{path.name}" in header
     assert "%" in header
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_run_of_a_comparison_is_valid(path, tmp_path, monkeypatch):
+    """All that each `fit` builds is built; no training begins."""
+    from vision import compare
+
+    class Checked(Exception):
+        pass
+
+    def first_training(run):
+        raise Checked
+
+    monkeypatch.setattr(compare, "train", first_training)
+    with pytest.raises(Checked):
+        compare.main(["--config", str(path), "--runs", str(tmp_path)])
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_header_of_a_comparison_has_a_place_for_what_was_measured(path):
+    lines = path.read_text().splitlines()
+    [place] = [number for number, line in enumerate(lines) if line.startswith("# Measured")]
+    assert lines[place + 1].startswith("#   ")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -47,6 +83,33 @@ def test_every_published_size_has_its_recipe(size):
     assert settings["model"]["model"] == f"vig_{size}"
     assert settings["data"]["init_args"]["batch_size"] == 1024
     assert settings["trainer"]["precision"] == ("16-mixed" if size.startswith("h_") else "32-true")
+
+
+@pytest.mark.parametrize("data", RETENTION_DATA)
+@pytest.mark.parametrize("model", RETENTION)
+def test_retention_recipe(model, data):
+    path = CONFIGS / "vision" / f"{model}_{data}.yaml"
+    settings = yaml.safe_load(path.read_text())
+    kind, image_size, batch_size = RETENTION_DATA[data]
+    assert settings["model"].pop("model") == model
+    assert settings["model"]["learning_rate"] == 5e-4 * batch_size / 512
+    assert settings["data"]["class_path"].endswith(f".{kind}")
+    given = settings["data"]["init_args"]
+    assert (given["image_size"], given["batch_size"]) == (image_size, batch_size)
+    assert ("crop_padding" in given["augmentation"]) == (image_size <= 32)
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Proposed protocol: the paper's is not public" in header
+    assert "Not trained by this project" in header
+
+    arguments = settings["model"].pop("model_args")
+    classes = {"mini_imagenet": 100, "cifar10": 10}[data]
+    network = timm.create_model(model, num_classes=classes, device="meta", **arguments)
+    assert sum(parameter.numel() for parameter in network.parameters()) == RETENTION[model][classes == 10]
+    assert f"{RETENTION[model][0] / 1e6:.1f} M parameters" in header
+    other = yaml.safe_load((CONFIGS / "vision" / f"rmt_base_{data}.yaml").read_text())
+    assert other["model"].pop("model_args")["drop_path_rate"] == arguments["drop_path_rate"]
+    other["model"].pop("model")
+    assert settings == other, "one protocol for all"
 
 
 def test_unknown_key_is_named(tmp_path, capsys):

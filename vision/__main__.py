@@ -2,6 +2,8 @@
 
     python -m vision fit|validate|test --config configs/vision/vig_nano_mnist5k.yaml    train and evaluate
     python -m vision predict --checkpoint <model> <images or folders>                   classify pictures
+    python -m vision explain --model <model> picture.png                                look inside: decays, gates
+    python -m vision compare --config configs/vision/compare_retention.yaml             train models and rank them
     python -m vision linear-probe                                                       a baseline for OpenMoji
     python -m vision benchmark                                                          speed of the models
 
@@ -16,6 +18,8 @@ HOME_OF = {
     "validate": "vision.training",
     "test": "vision.training",
     "predict": "vision.predict",
+    "explain": "vision.explain",
+    "compare": "vision.compare",
     "linear-probe": "vision.linear_probe",
     "benchmark": "vision.benchmark",
 }

@@ -23,9 +23,11 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
+from torchvision.transforms import RandomCrop
 
 from vision.image_files import check_images, find_images, open_image
 
@@ -142,6 +144,8 @@ class Augmentation:
     Args:
         scale: area of the random crop, in fractions of the image.
         ratio: width over height of the random crop.
+        crop_padding: pixels put around the image, which is then cropped to size at random: CIFAR's custom. It takes
+            the place of the random resized crop, so that `scale` and `ratio` mean nothing. None for the resized crop.
         horizontal_flip: probability.
         color_jitter: strength; used where `auto_augment` is None.
         auto_augment: timm's string of RandAugment, AutoAugment or AugMix; None for none.
@@ -152,12 +156,17 @@ class Augmentation:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int | None = None
     horizontal_flip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erase_probability: float = 0.25
     erase_mode: Literal["const", "rand", "pixel"] = "pixel"
     erase_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"crop_padding is {self.crop_padding}; it is at least 0, or None for the resized crop")
 
 
 class TransformedImages(Dataset):
@@ -247,6 +256,11 @@ class PhotographData(ImageDataModule):
             re_count=augmentation.erase_count,
             **shared,
         )
+        if augmentation.crop_padding is not None:
+            # An image of this size already is left alone by the resizing.
+            fitted = ResizeKeepRatio(self.image_size, interpolation=self.interpolation)
+            cropped = RandomCrop(self.image_size, augmentation.crop_padding)
+            transform.transforms[:1] = [fitted, cropped]
         return TransformedImages(images, transform, self.seed)
 
 
@@ -288,12 +302,12 @@ class ImageFolder(PhotographData):
 
     @cached_property
     def label_names(self) -> list[str]:
-        train = self.path / "train"
-        names = sorted(folder.name for folder in train.iterdir() if folder.is_dir()) if train.is_dir() else []
+        return self._classes_in(self.path / "train", "train/<class>/ and val/<class>/")
+
+    def _classes_in(self, folder: Path, layout: str) -> list[str]:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
         if len(names) < 2:
-            raise ValueError(
-                f"path is {self.path}; expected train/<class>/ and val/<class>/ in it, two classes or more"
-            )
+            raise ValueError(f"path is {self.path}; expected {layout} in it, two classes or more")
         return names
 
     def setup(self, stage: str) -> None:

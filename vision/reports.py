@@ -1,6 +1,7 @@
 """What a run leaves behind: curves, confusion matrix, accuracy of each class, the trained model, and a summary."""
 
 import csv
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,29 @@ _NAMES_SHOWN = 40  # label names along a confusion matrix; more are not legible
 class RunReport(pl.Callback):
     """Writes `curves.png` and `model/` into `folder` when training ends, and the test's files when a test does.
 
-    The history of the curves is part of the training checkpoint: a resumed run draws them whole.
+    The history of the curves and the seconds of training are part of the checkpoint: a resumed run goes on with both.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.history: list[dict[str, float]] = []
         self.validated = False  # in the epoch in progress
+        self._seconds, self._started = 0.0, None  # before the training in progress, and when that began
+
+    @property
+    def seconds(self) -> float:
+        """Of training and the validations in it, of all parts of a resumed run together."""
+        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
+        self._seconds = state_dict.get("seconds", 0.0)  # absent from checkpoints of earlier versions
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Between validations the trainer repeats the last one's metrics; the curves show those that were measured.
@@ -42,8 +53,12 @@ class RunReport(pl.Callback):
         self.history.append({"epoch": trainer.current_epoch + 1, **metrics})
         self.validated = False
 
-    @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._seconds, self._started = self.seconds, None
+        self._save(trainer, module)
+
+    @rank_zero_only
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,24 +19,31 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from vision.class_folders import ClassFolders  # noqa: F401  `--data ClassFolders` finds the name
 from vision.classification import ImageClassification
-from vision.image_data import Cifar, ImageDataModule, ImageFolder  # noqa: F401  `--data ImageFolder` finds the name
+from vision.image_data import Cifar, ImageDataModule, ImageFolder  # noqa: F401
 from vision.in_memory_images import Digits, Mnist5k, OpenMoji  # noqa: F401
 from vision.reports import RunReport
 
 
 class TrainingCommandLine(LightningCLI):
-    """LightningCLI with run folders, reports, and a test at the end of every fit."""
+    """LightningCLI with run folders, reports, and a test at the end of every fit.
 
-    def __init__(self, args: ArgsType = None) -> None:
+    Args:
+        args: the subcommand and its flags. With `run=False` the settings of a fit alone, as flags or as a dict.
+        run: False builds the model, the data and the trainer, and does nothing with them; what is wrong then raises.
+    """
+
+    def __init__(self, args: ArgsType = None, *, run: bool = True) -> None:
         super().__init__(
             ImageClassification,
             ImageDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "python -m vision", "description": __doc__},
+            parser_kwargs={"prog": "python -m vision", "description": __doc__, "exit_on_error": run},
             args=args,
+            run=run,
         )
 
     @staticmethod
@@ -54,10 +61,10 @@ class TrainingCommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own version warns of arguments given from Python, which is how `python -m vision` gives them.
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        settings = self.config[self.subcommand]
+        settings = self.config[self.subcommand] if self.subcommand else self.config
         files = settings.get("config") or []
         if "weights_only" in settings:
             settings.weights_only = True  # Lightning would unpickle a checkpoint that lies behind a URL
@@ -73,7 +80,7 @@ class TrainingCommandLine(LightningCLI):
             settings.ckpt_path = str(found)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        settings = self.config_init[self.subcommand].trainer
+        settings = self._get(self.config_init, "trainer")
         callbacks = list(settings.callbacks or [])
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             # After every epoch, whether or not the run is validated after it.
@@ -114,8 +121,13 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 64 << 20)
 
 
-def main(arguments: list[str]) -> None:
+def prepare_process() -> None:
+    """Once in a process that trains: keep freed memory, and be silent where Lightning's warnings are wrong."""
     keep_freed_memory()
     for message in _MISTAKEN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def main(arguments: list[str]) -> None:
+    prepare_process()
     TrainingCommandLine(arguments)

@@ -190,6 +190,52 @@ def test_photograph_augmentation_is_seeded_by_sample(workers, tmp_path):
         assert not torch.equal(data.train_set[(index, epoch + 1)][0], first[2])
 
 
+CROPPED = Augmentation(crop_padding=4, auto_augment=None, color_jitter=0.0, erase_probability=0.0, horizontal_flip=0.0)
+
+
+def test_padded_crop_shifts_the_image_and_leaves_it_its_size():
+    """At the image's own size what comes out is the image, moved by up to 4 pixels over black."""
+    pixels = np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8)
+    data = Cifar("unused", augmentation=CROPPED)
+    cropped = data.transformed([(Image.fromarray(pixels), 0)] * 8, training=True)
+    padded = data.transformed([(Image.fromarray(np.pad(pixels, ((4, 4), (4, 4), (0, 0)))), 0)])
+    padded.transform.transforms = padded.transform.transforms[2:]  # without resizing and the central crop
+    windows = padded[0][0].unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+    offsets = set()
+    for index in range(8):
+        image, _ = cropped[(index, 0)]
+        assert image.shape == (3, 32, 32)
+        found = (windows == image[:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+        assert len(found) == 1
+        offsets.add(tuple(found[0]))
+    assert len(offsets) > 4
+    assert torch.equal(cropped[(3, 1)][0], cropped[(3, 1)][0])
+    assert not torch.equal(cropped[(3, 1)][0], cropped[(3, 2)][0])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 20), (90, 50)], ids=str)
+def test_padded_crop_fits_images_of_any_size(size):
+    data = Cifar("unused", augmentation=CROPPED)
+    image = Image.new("RGB", size, "white")
+    dataset = data.transformed([(image, 0)], training=True)
+    fitted, cropped = dataset.transform.transforms[:2]
+    assert min(fitted(image).size) == 32
+    assert (type(cropped).__name__, cropped.padding) == ("RandomCrop", 4)
+    image, _ = dataset[(0, 0)]
+    assert image.shape == (3, 32, 32)
+    assert (image == image.amax((1, 2), keepdim=True)).float().mean() > 0.7
+
+
+def test_without_crop_padding_the_crop_is_resized():
+    dataset = Cifar("unused", augmentation=Augmentation()).transformed([], training=True)
+    assert type(dataset.transform.transforms[0]).__name__ == "RandomResizedCropAndInterpolation"
+
+
+def test_negative_crop_padding_is_refused():
+    with pytest.raises(ValueError, match="crop_padding is -1"):
+        Augmentation(crop_padding=-1)
+
+
 def test_image_folder_without_test_has_no_test_loader(tmp_path):
     with pytest.raises(ValueError, match="no test set"):
         prepared(ImageFolder(image_folder(tmp_path), 16, batch_size=4)).test_dataloader()
