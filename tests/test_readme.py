@@ -1,5 +1,6 @@
 """Every command and every Python block of README.md runs, its table of models is counted, its map is complete."""
 
+import inspect
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ from PIL import Image
 
 import vision  # noqa: F401  registers the models
 from vision.flops import count_macs
+from vision.gated_swin_rmt import GatedSwinRMT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +57,8 @@ COMMANDS = {
     "python -m vision predict --checkpoint runs/vig_nano_mnist5k/0 docs/seven.png": AS_IT_STANDS,
     SHIPPED: AS_IT_STANDS,
     f"{SHIPPED} --output predictions.csv": AS_IT_STANDS,
+    "python -m vision compare --config configs/vision/compare_retention.yaml": SETTINGS,
+    "python -m vision explain docs/seven.png --model vig_nano_patch4_28.mnist5k --output explain.png": AS_IT_STANDS,
     "python -m vision fit --data ImageFolder --data.path pictures --data.image_size 56 "
     "--model.model_args.img_size 56 --trainer.max_epochs 30 --experiment pictures": "--data.batch_size 2 "
     + ONE_EPOCH
@@ -169,22 +173,44 @@ def between(marker: str) -> str:
     return README.split(f"<!-- {marker} -->")[1].split(f"<!-- /{marker} -->")[0]
 
 
-ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in between("models").strip().splitlines()[2:]]
+def rows_of(table: str) -> list[list[str]]:
+    lines = between(table).strip().splitlines()[2:]
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_row_of_the_table_of_models(row):
-    name, parameters, dense, total, accuracy = row
+ROWS = rows_of("models")
+RETENTION_ROWS = [
+    [row[0].replace("*", mixer), *row[1:]]
+    for row in rows_of("retention models")
+    for mixer in (("retention", "swat") if "*" in row[0] else ("",))
+]
+
+
+@pytest.mark.parametrize("row", [*ROWS, *RETENTION_ROWS], ids=lambda row: row[0])
+def test_row_of_a_table_of_models(row):
+    name, parameters, dense, total, _ = row
     model = timm.create_model(name, device="meta")
     macs = count_macs(model, (3, 224, 224))
     assert parameters == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
     assert (dense, total) == (f"{macs.dense / 1e9:.2f}", f"{macs.total / 1e9:.2f}")
-    published = timm.get_pretrained_cfg(name).url  # the authors' file names say their accuracy
-    assert accuracy.removesuffix(" %").replace(".", "p") in published
 
 
-def test_table_holds_every_published_size():
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_accuracy_is_that_of_the_published_file(row):
+    published = timm.get_pretrained_cfg(row[0]).url  # the authors' file names say their accuracy
+    assert row[-1].removesuffix(" %").replace(".", "p") in published
+
+
+def test_tables_hold_every_size():
     assert {row[0] for row in ROWS} == {name.split(".")[0] for name in timm.list_pretrained("vig_*.in1k")}
+    assert {row[0] for row in RETENTION_ROWS} == set(timm.list_models(["rmt_*", "gated_swin_rmt_*"]))
+
+
+def test_every_flag_of_gated_swin_rmt_is_told():
+    table = README.split("re-implemented from the abstract")[1].split("\n\n")[1]
+    told = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    flags = {*inspect.signature(GatedSwinRMT).parameters, "layerscales", "downsample"}
+    assert told == flags - {"mixer", "embed_dims", "num_heads", "device", "dtype", "backbone"}
 
 
 def test_size_of_the_nano_model():

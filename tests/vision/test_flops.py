@@ -17,6 +17,12 @@ from vision.flops import count_macs
         ("vig_h_tiny", 4.408, 4.538),
         ("vig_h_small", 8.607, 8.823),
         ("vig_h_base", 15.364, 15.653),
+        ("rmt_tiny", 2.362, 2.640),
+        ("rmt_small", 4.543, 4.782),
+        ("rmt_base", 9.928, 10.371),
+        ("rmt_large", 18.868, 19.488),
+        ("gated_swin_rmt_tiny_retention", 2.535, 2.571),
+        ("swin_tiny_patch4_window7_224", 4.491, 4.491),
     ],
 )
 def test_published_sizes(name, dense, total):
