@@ -198,4 +198,32 @@ template <typename T> INLINE Vector<T> log_sigmoid(Vector<T> x) {
     return minimum<T>(x, Vector<T>{}) - log_one_plus(exponential(-absolute<T>(x)));
 }
 
+// The distribution function of the normal distribution, 0.5 + x P(x^2) / Q(x^2) near 0; absolute error below 2e-7 in
+// float. NaN stays NaN.
+template <typename V> INLINE V normal_distribution(V x) {
+    if constexpr (std::is_same_v<Element<V>, float>) {
+        const V s = x * x;
+        V p = V{} + 2.473079519e-8f;
+        p = p * s + 6.407875389e-6f;
+        p = p * s + 1.568633161e-4f;
+        p = p * s + 4.608654883e-3f;
+        p = p * s + 3.254474699e-2f;
+        p = p * s + 3.989422619e-1f;
+        V q = V{} + 1.258857992e-6f;
+        q = q * s + 7.049653505e-5f;
+        q = q * s + 1.817212207e-3f;
+        q = q * s + 2.792679518e-2f;
+        q = q * s + 2.482439280e-1f;
+        q = q * s + 1.0f;
+        const V near = x * (p / q) + 0.5f;
+        return x > 5.2f ? V{} + 1.0f : (x < -5.2f ? V{} : near);
+    } else {
+        for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); i++) x[i] = 0.5 * std::erfc(x[i] * -0.70710678118654752440);
+        return x;
+    }
+}
+template <typename V> INLINE V normal_density(V x) {
+    return exponential(x * x * Element<V>(-0.5)) * Element<V>(0.39894228040143267794);
+}
+
 }  // namespace simd

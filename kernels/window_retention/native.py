@@ -29,7 +29,7 @@ class Problem(ctypes.Structure):
         ("form", ctypes.c_int32),
         ("signed_slopes", ctypes.c_int32),
         ("scale", ctypes.c_double),
-        ("rotation", ctypes.c_void_p),
+        ("rotation", ctypes.c_void_p * 2),
         ("query", NativeTensor),
         ("key", NativeTensor),
         ("value", NativeTensor),
@@ -99,8 +99,8 @@ def _run(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], setti
         bounds = _bounds(length, settings.window[axis], settings.shift[axis])
         problem.runs[axis], problem.bounds[axis] = len(bounds) - 1, bounds
     if settings.rotary and key_dim:
-        rotation = _rotation(settings.window, key_dim, torch.float64 if wide else torch.float32)
-        problem.rotation = rotation.data_ptr()
+        rotations = [_rotation(settings.window, key_dim, turned, wide) for turned in (False, True)]
+        problem.rotation = tuple(rotation.data_ptr() for rotation in rotations)
     for field, tensor in (inputs | outputs).items():
         setattr(problem, field, native_tensor(tensor))
     if _function(name)(problem, wide, torch.get_num_threads()) == NO_MEMORY:
@@ -114,13 +114,17 @@ def _bounds(length: int, window: int, shift: int) -> ctypes.Array:
     return (ctypes.c_int64 * (len(starts) + 1))(*starts, length)
 
 
-def _rotation(window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of a window as tiles of native.cpp: (2, rows, tiles in a row, pairs in whole fours, 8)."""
-    like = torch.empty(0, dtype=dtype)
+def _rotation(window: tuple[int, int], head_dim: int, turned: bool, wide: bool) -> Tensor:
+    """Cosines and sines of a window as tiles of native.cpp: (2, rows, tiles in a row, pairs in whole fours, 8).
+
+    If `turned`, its columns take the place of its rows.
+    """
+    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32)
 
     def build() -> Tensor:
         table = torch.stack(tables.rotary_table(*window, head_dim, like))
+        table = table.transpose(1, 2) if turned else table
         table = F.pad(table, (0, -table.shape[3] % 4, 0, -table.shape[2] % LANE_TOKENS))
         return table.unflatten(2, (-1, LANE_TOKENS)).transpose(3, 4).contiguous()
 
-    return tables.constant(("rotation tiles", window, head_dim), build, like)
+    return tables.constant(("rotation tiles", window, head_dim, turned), build, like)

@@ -42,6 +42,11 @@ template <typename T> struct Pairs {
     Pairs turned() const { return {data, between_keys, between_tiles}; }
 };
 
+// The most elements of Pairs of a line in a window.
+inline int64_t pairs_of_line(int64_t rows, int64_t columns) {
+    return std::max(rows * rows * LANE_TOKENS, whole_octets(columns) * whole_octets(columns));
+}
+
 // f(number of keys, a constant from 1 to 8; first of them) over all keys
 template <typename F> INLINE void by_eights(int64_t keys, F&& f) {
     int64_t j = 0;
@@ -176,36 +181,39 @@ template <typename T> struct Tiles {
     T* tile(int64_t i) const { return data + i * size; }
 };
 
-// One window of one head: `rows` x `columns` tokens, eight columns a tile.
+// One window of one head: `rows` x `columns` tokens, eight columns a tile. If it lies on its side, `columns_first`: the
+// first pass is the one along its columns.
 template <typename T> class Window {
   public:
     int64_t rows, columns, key_dim, value_dim;
+    bool columns_first;
     Form form;
     Head<T> head;
     // `middle` is between the passes. The output takes the place of `value`, its gradient that of `grad_output`.
     Tiles<T> query, key, value, middle;
     Tiles<T> grad_query, grad_key, grad_middle, grad_output;  // backward
-    T* weights;  // scratch; what is below, backward only
-    T *grad_scores, *slopes, *turned_weights, *turned_scores, *held;
-
-    // Elements of each scratch array; `held` needs an octet for each tile of a line.
-    static int64_t scratch(int64_t rows, int64_t columns) {
-        return std::max(rows * rows * LANE_TOKENS, whole_octets(columns) * whole_octets(columns));
-    }
+    // Scratch: pairs_of_line each, `held` an octet for each tile of a line; `weights` alone in forward.
+    T *weights, *grad_scores, *slopes, *turned_weights, *turned_scores, *held;
 
     int64_t across() const { return whole_octets(columns) / LANE_TOKENS; }  // tiles in a row
 
-    void forward(Ahead& ahead) {
-        for (int64_t i = 0; i < rows; i++) pass<true>(i, value, middle, ahead);
-        for (int64_t i = 0; i < across(); i++) pass<false>(i, middle, value, ahead);
-    }
-    void backward(Ahead& ahead) {
-        for (int64_t i = 0; i < rows; i++) pass<true>(i, value, middle, ahead);
-        for (int64_t i = 0; i < across(); i++) pass_backward<false>(i, middle, grad_output, grad_middle, false, ahead);
-        for (int64_t i = 0; i < rows; i++) pass_backward<true>(i, value, grad_middle, grad_output, true, ahead);
-    }
+    void forward(Ahead& ahead) { columns_first ? forward<false>(ahead) : forward<true>(ahead); }
+    void backward(Ahead& ahead) { columns_first ? backward<false>(ahead) : backward<true>(ahead); }
 
   private:
+    template <bool FIRST> void forward(Ahead& ahead) {
+        for (int64_t i = 0; i < lines<FIRST>(); i++) pass<FIRST>(i, value, middle, ahead);
+        for (int64_t i = 0; i < lines<!FIRST>(); i++) pass<!FIRST>(i, middle, value, ahead);
+    }
+    template <bool FIRST> void backward(Ahead& ahead) {
+        for (int64_t i = 0; i < lines<FIRST>(); i++) pass<FIRST>(i, value, middle, ahead);
+        for (int64_t i = 0; i < lines<!FIRST>(); i++)
+            pass_backward<!FIRST>(i, middle, grad_output, grad_middle, false, ahead);
+        for (int64_t i = 0; i < lines<FIRST>(); i++)
+            pass_backward<FIRST>(i, value, grad_middle, grad_output, true, ahead);
+    }
+
+    template <bool ROW> int64_t lines() const { return ROW ? rows : across(); }
     template <bool ROW> Line<T, ROW> line(const Tiles<T>& tiles, int64_t i) const {
         return {tiles.tile(ROW ? i * across() : i), (ROW ? 1 : across()) * tiles.size};
     }
