@@ -15,6 +15,7 @@ _HOME_OF = {
     "depthwise_convolution": "kernels.fused_layers",
     "gated_norm_mix": "kernels.fused_layers",
     "gated_product": "kernels.fused_layers",
+    "gelu_depthwise_residual": "kernels.fused_layers",
     "rms_norm": "kernels.fused_layers",
     "swiglu": "kernels.fused_layers",
     "use_backend": "kernels.backend",

@@ -1,8 +1,9 @@
 """The elementwise layers around a gated scan, each in one pass over memory on CPU.
 
 Outside the scan and the matrix products these passes are where an eager model spends its time. `reference.py` holds
-the definitions (backends `reference` and `torch`), `native.cpp` the CPU kernels; there are no Triton kernels of these,
-because on a GPU `torch.compile` fuses the definitions: the `triton` backend runs them as they are.
+the definitions (backends `reference` and `torch`), `native.cpp` and `convolution.cpp` the CPU kernels; there are no
+Triton kernels of these, because on a GPU `torch.compile` fuses the definitions: the `triton` backend runs them as they
+are.
 """
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.fused_layers import operators, reference
 
-__all__ = ["depthwise_convolution", "gated_norm_mix", "gated_product", "rms_norm", "swiglu"]
+__all__ = [
+    "depthwise_convolution",
+    "gated_norm_mix",
+    "gated_product",
+    "gelu_depthwise_residual",
+    "rms_norm",
+    "swiglu",
+]
 
 ACTIVATIONS = (None, "silu")
 GATES = ("sigmoid", "silu")
@@ -67,10 +75,7 @@ def depthwise_convolution(
     Raises:
         ValueError: shapes do not fit or the activation is unknown.
     """
-    _check_map(x)
-    _check_taps(weight, x)
-    if bias is not None:
-        _check_shape("bias", bias, (x.shape[-1],), x)
+    _check_convolution(x, weight, bias)
     if residual is not None:
         _check_shape("residual", residual, tuple(x.shape), x)
     activate = _check_activation(activation)
@@ -83,6 +88,32 @@ def depthwise_convolution(
             x, weight, bias, None if add_input else residual, add_input, activate, dtype
         )
     return reference.depthwise_convolution(x, weight, bias, residual, activation).to(dtype)
+
+
+def gelu_depthwise_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """`h + depthwise_convolution(h, weight, bias)` of `h = gelu(x)` (exact, by the error function).
+
+    On CPU `h` is never stored, and backward computes it again from `x`.
+
+    Args:
+        x: (B, H, W, C); as in `depthwise_convolution`, like what follows.
+        weight: (C, 1, K, K).
+        bias: (C,), or None for none.
+        backend: as in `rms_norm`.
+
+    Returns:
+        (B, H, W, C); the dtype as in `rms_norm`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check_convolution(x, weight, bias)
+    dtype = _output_dtype(x)
+    if resolve_backend("gelu_depthwise_residual", x.device, backend) == "native":
+        return operators.gelu_depthwise_residual(x, weight, bias, dtype)
+    return reference.gelu_depthwise_residual(x, weight, bias).to(dtype)
 
 
 def gated_product(x: Tensor, logits: Tensor, kind: str, *, backend: str | None = None) -> Tensor:
@@ -174,16 +205,15 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x of {tuple(x.shape)} it must be {shape}")
 
 
-def _check_map(x: Tensor) -> None:
+def _check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, height, width, channels)")
-
-
-def _check_taps(weight: Tensor, x: Tensor) -> None:
     size = weight.shape[-1] if weight.dim() else 0
     if size % 2 == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (channels, 1, K, K) with K odd")
     _check_shape("weight", weight, (x.shape[-1], 1, size, size), x)
+    if bias is not None:
+        _check_shape("bias", bias, (x.shape[-1],), x)
 
 
 def _check_activation(activation: str | None) -> bool:

@@ -1,6 +1,7 @@
 // Depthwise convolutions of channels-last maps on CPU, with what stands before and after them, in one pass over memory.
 //
-// Threads take fixed ranges of rows; what a row of the result needs of the rows around it is made once a thread.
+// Threads take fixed ranges of rows. What a row of the result needs of the rows around it (in the arithmetic's type, or
+// after an activation) lies in a ring of rows of the thread's own and never in memory.
 
 #include <new>
 
@@ -16,72 +17,256 @@ template <typename T> T* thread_room(int64_t count) {
     return room;
 }
 
-// [channels][window] -> [window][lanes], forwards or backwards; the lanes past the channels are zero.
-template <typename T> std::vector<T> by_lanes(const T* from, int64_t channels, int64_t window, bool backwards) {
+// [channels][window] -> [window][lanes], backwards if `flip`; the lanes past the channels are zero.
+template <typename T> std::vector<T> by_lanes(const T* from, int64_t channels, int64_t window, bool flip = false) {
     const int64_t lanes = lanes_of<T>(channels);
     std::vector<T> to(window * lanes);
     for (int64_t c = 0; c < channels; c++)
-        for (int64_t i = 0; i < window; i++) to[(backwards ? window - 1 - i : i) * lanes + c] = from[c * window + i];
+        for (int64_t i = 0; i < window; i++) to[(flip ? window - 1 - i : i) * lanes + c] = from[c * window + i];
     return to;
 }
 
-// What the threads' rows add up to the gradients of the taps (backwards, as the window sees them) and of the bias.
-template <typename T> class WeightGradients {
-  public:
-    WeightGradients(const Shape& shape, int threads)
-        : channels_(shape.channels), window_(shape.kernel * shape.kernel), lanes_(lanes_of<T>(shape.channels)),
-          partials_(threads * (window_ + 1) * lanes_) {}
-
-    T* products(int thread) { return partials_.data() + thread * (window_ + 1) * lanes_; }
-    void add_pixels(int thread, const T* row, int64_t stride, int64_t width) {
-        T* sums = products(thread) + window_ * lanes_;
-        for (int64_t c = 0; c < lanes_; c += LANES<T>) {
-            Vector<T> sum{};
-            for (int64_t x = 0; x < width; x++) sum += load(row + x * stride + c);
-            store(sums + c, load(sums + c) + sum);
-        }
-    }
-    void write(T* weight, T* bias) const {
-        std::fill(weight, weight + channels_ * window_, T(0));
-        std::fill(bias, bias + channels_, T(0));
-        for (size_t start = 0; start < partials_.size(); start += (window_ + 1) * lanes_)
-            for (int64_t c = 0; c < channels_; c++) {
-                for (int64_t i = 0; i < window_; i++) weight[c * window_ + window_ - 1 - i] += partials_[start + i * lanes_ + c];
-                bias[c] += partials_[start + window_ * lanes_ + c];
-            }
-    }
-
-  private:
-    const int64_t channels_, window_, lanes_;
-    std::vector<T> partials_;
-};
-
-// One call's constants.
+// One call's constants: what the tiles need besides the rows.
 template <typename T> struct Convolution {
     const Shape shape;
     const Tile<T> tile = tile_for<T>(shape);
-    const int64_t lanes = lanes_of<T>(shape.channels), row_size = shape.width * lanes;
+    const int64_t lanes = lanes_of<T>(shape.channels), window = shape.kernel * shape.kernel;
+    const int64_t row_size = shape.width * lanes, ring_size = (shape.kernel + 1) * row_size;
     const std::vector<T> zeros = std::vector<T>(lanes);
+    std::vector<T> taps, flipped, biases;
 
-    // How many rows, from row i on and before `end`, to make at once.
-    int64_t rows_at(int64_t i, int64_t end) const {
-        return std::min({int64_t(MOST_ROWS), end - i, shape.height - i % shape.height});
+    Convolution(const Shape& shape, const void* weight, const void* bias, bool convolves, bool transposes) : shape(shape) {
+        if (convolves) taps = by_lanes(static_cast<const T*>(weight), shape.channels, window);
+        if (transposes) flipped = by_lanes(static_cast<const T*>(weight), shape.channels, window, true);
+        if (bias) biases = by_lanes(static_cast<const T*>(bias), shape.channels, 1);
     }
-    Neighbours<T> neighbours(const T* const* rows, int64_t stride) const {
-        return {rows, stride, shape.width, lanes, shape.kernel, zeros.data()};
+
+    // Calls f(i, how many rows from row i on to make at once) for this thread's rows.
+    template <typename F> void over_rows(F&& f) const {
+        const Range range = share(shape.rows());
+        for (int64_t i = range.begin, count; i < range.end; i += count) {
+            count = std::min({int64_t(MOST_ROWS), range.end - i, shape.height - i % shape.height});
+            f(i, count);
+        }
     }
     // `count` rows of the convolution of the rows under their windows.
-    void rows(const T* const* under, int64_t stride, const T* taps, const T* bias, const Target<T>* targets, int64_t count) const {
+    void convolve(const T* const* under, int64_t stride, const Target<T>* targets, int64_t count) const {
+        apply(under, stride, taps, biases.empty() ? nullptr : biases.data(), targets, count);
+    }
+    // The same of its transpose: from gradients of the result to those of the input.
+    void transpose(const T* const* under, int64_t stride, const Target<T>* targets, int64_t count) const {
+        apply(under, stride, flipped, nullptr, targets, count);
+    }
+    // Adds to products [window][lanes] those of a row and the rows under its window.
+    void correlate(const T* const* under, int64_t stride, Row<T> centre, const T* ahead, T* products) const {
         const Neighbours<T> near = neighbours(under, stride);
-        const auto convolve = count == 1 ? tile.convolve : tile.convolve_rows;
-        for (int64_t x = 0; x < shape.width; x += tile.size) convolve(near, x, taps, bias, targets);
+        for (int64_t x = 0; x < shape.width; x += tile.size) tile.correlate(near, x, centre, ahead, products);
     }
     // Replaces the vectors v of a row by f(v, pixel, channel).
     template <typename F> INLINE void change(T* row, F&& f) const {
         for (int64_t x = 0; x < shape.width; x++)
             for (int64_t c = 0; c < lanes; c += LANES<T>) store(row + x * lanes + c, f(load(row + x * lanes + c), x, c));
     }
+
+  private:
+    Neighbours<T> neighbours(const T* const* rows, int64_t stride) const {
+        return {rows, stride, shape.width, lanes, shape.kernel, zeros.data()};
+    }
+    void apply(
+        const T* const* under, int64_t stride, const std::vector<T>& its_taps, const T* bias, const Target<T>* targets,
+        int64_t count
+    ) const {
+        const Neighbours<T> near = neighbours(under, stride);
+        const auto one_tile = count == 1 ? tile.convolve : tile.convolve_rows;
+        for (int64_t x = 0; x < shape.width; x += tile.size) one_tile(near, x, its_taps.data(), bias, targets);
+    }
 };
+
+// The gradients of weight and bias as sums of each thread, the taps' in the order in which a window sees them from the
+// input: backwards.
+template <typename T> class WeightGradients {
+  public:
+    WeightGradients(const Convolution<T>& layer, int threads)
+        : layer_(layer), size_((layer.window + 1) * layer.lanes), sums_(threads * size_) {}
+
+    T* products() { return sums_.data() + omp_get_thread_num() * size_; }
+    void add_pixels(Row<T> row) {
+        T* sums = products() + layer_.window * layer_.lanes;
+        for (int64_t c = 0; c < layer_.lanes; c += LANES<T>) {
+            Vector<T> sum{};
+            for (int64_t x = 0; x < layer_.shape.width; x++) sum += load(row.pixels + x * row.stride + c);
+            store(sums + c, load(sums + c) + sum);
+        }
+    }
+    void write(void* weight, void* bias) const {
+        const int64_t window = layer_.window, channels = layer_.shape.channels;
+        T *to = static_cast<T*>(weight), *to_bias = static_cast<T*>(bias);
+        std::fill(to, to + channels * window, T(0));
+        std::fill(to_bias, to_bias + channels, T(0));
+        for (auto sums = sums_.begin(); sums != sums_.end(); sums += size_)
+            for (int64_t c = 0; c < channels; c++) {
+                for (int64_t i = 0; i < window; i++) to[c * window + window - 1 - i] += sums[i * layer_.lanes + c];
+                to_bias[c] += sums[window * layer_.lanes + c];
+            }
+    }
+
+  private:
+    const Convolution<T>& layer_;
+    const int64_t size_;
+    std::vector<T> sums_;
+};
+
+// A row of a convolution's input, and a row to fetch into the cache while it is used, or null.
+template <typename T> struct Centre {
+    Row<T> row;
+    const T* ahead = nullptr;
+};
+
+template <typename T> Row<T> no_row(int64_t, int64_t) { return {}; }
+template <typename T> void unchanged(T*, int64_t) {}
+
+// A thread's part of a forward pass from the Window `inputs`. added(i, r) is what to add to row i, the r-th of those made at
+// once; finish(row, i) changes row i before it is written. `room` is for MOST_ROWS rows.
+template <typename T, typename Inputs, typename Added, typename Finish>
+void forward_rows(const Convolution<T>& layer, Inputs& inputs, Added&& added, const Map<T>& out, T* room, Finish&& finish) {
+    layer.over_rows([&](int64_t i, int64_t count) {
+        const T* const* under = inputs.around(i, count);
+        Target<T> targets[MOST_ROWS];
+        for (int64_t r = 0; r < count; r++)
+            targets[r] = {out.target(i + r, room + r * layer.row_size), added(i + r, r), inputs.ahead(i + r, count)};
+        layer.convolve(under, inputs.stride(), targets, count);
+        for (int64_t r = 0; r < count; r++) {
+            finish(targets[r].row, i + r);
+            out.finish(i + r, targets[r].row);
+        }
+    });
+}
+
+// A thread's part of a backward pass from `before`, the Window of the gradients of the convolution, to the gradient of its
+// input, row i of which is {centre(i), what to fetch meanwhile}; the rest as in forward_rows.
+template <typename T, typename Before, typename Added, typename Centre, typename Finish>
+void backward_rows(
+    const Convolution<T>& layer, Before& before, Added&& added, Centre&& centre, const Map<T>& grad_x, T* room,
+    WeightGradients<T>& gradients, Finish&& finish
+) {
+    layer.over_rows([&](int64_t i, int64_t count) {
+        const T* const* under = before.around(i, count);
+        Target<T> targets[MOST_ROWS];
+        for (int64_t r = 0; r < count; r++)
+            targets[r] = {grad_x.target(i + r, room + r * layer.row_size), added(i + r, r), before.ahead(i + r, count)};
+        layer.transpose(under, before.stride(), targets, count);
+        for (int64_t r = 0; r < count; r++) {
+            const auto [row, ahead] = centre(i + r);
+            layer.correlate(under + r, before.stride(), row, ahead, gradients.products());
+            gradients.add_pixels(before.row(i + r));
+            finish(targets[r].row, i + r);
+            grad_x.finish(i + r, targets[r].row);
+        }
+    });
+}
+
+template <typename T>
+void forward(
+    const Convolution<T>& layer, const Map<T>& x, const Map<T>& residual, bool activate, const Map<T>& out, int threads
+) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t size = layer.row_size;
+        T* room = thread_room<T>(layer.ring_size + 2 * MOST_ROWS * size);
+        T *added_room = room + layer.ring_size, *out_room = added_room + MOST_ROWS * size;
+        Window inputs(layer.shape, room, size, x);
+        const auto addend = [&](int64_t i, int64_t r) {
+            return residual.empty() ? Row<T>{} : Row<T>{residual.row(i, added_room + r * size), residual.stride()};
+        };
+        if (activate)
+            forward_rows(layer, inputs, no_row<T>, out, out_room, [&](T* row, int64_t i) {
+                const Row<T> added = addend(i, 0);
+                layer.change(row, [&](Vector<T> v, int64_t pixel, int64_t c) {
+                    return added.pixels ? silu<T>(v) + load(added.pixels + pixel * added.stride + c) : silu<T>(v);
+                });
+            });
+        else
+            forward_rows(layer, inputs, addend, out, out_room, unchanged<T>);
+    }
+}
+
+template <typename T>
+void backward(
+    const Convolution<T>& layer, const Map<T>& grad, const Map<T>& x, bool activate, bool add_input, const Map<T>& grad_x,
+    WeightGradients<T>& gradients, int threads
+) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t size = layer.row_size;
+        T* room = thread_room<T>(2 * layer.ring_size + 2 * MOST_ROWS * size + size);
+        T *x_room = room + layer.ring_size, *added_room = x_room + layer.ring_size;
+        T *out_room = added_room + MOST_ROWS * size, *row_room = out_room + MOST_ROWS * size;
+        const auto addend = [&](int64_t i, int64_t r) {
+            return add_input ? Row<T>{grad.row(i, added_room + r * size), grad.stride()} : Row<T>{};
+        };
+        if (activate) {
+            Window inputs(layer.shape, x_room, size, x);
+            // The gradient before the activation: grad * silu'(the convolution, computed again).
+            Window before(layer.shape, room, size, computed<T>(layer.lanes, [&](int64_t i, T* to) {
+                const T* after = grad.row(i, row_room);
+                const Target<T> target{to};
+                layer.convolve(inputs.around(i, 1), inputs.stride(), &target, 1);
+                layer.change(to, [&](Vector<T> v, int64_t pixel, int64_t c) {
+                    return silu_slope<T>(v) * load(after + pixel * grad.stride() + c);
+                });
+            }));
+            const auto centre = [&](int64_t i) { return Centre<T>{inputs.row(i)}; };
+            backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, unchanged<T>);
+        } else {
+            Window before(layer.shape, room, size, grad);
+            const auto centre = [&](int64_t i) {
+                return Centre<T>{{x.row(i, row_room), x.stride()}, x.worth_fetching(i + 1)};
+            };
+            backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, unchanged<T>);
+        }
+    }
+}
+
+// h + convolution(h) of h = gelu(x): rows of h are computed once (at the borders of threads twice) and never in memory.
+template <typename T> void gelu_forward(const Convolution<T>& layer, const Map<T>& x, const Map<T>& out, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        T* room = thread_room<T>(layer.ring_size + MOST_ROWS * layer.row_size);
+        Window inputs(layer.shape, room, layer.row_size, computed<T>(layer.lanes, [&](int64_t i, T* to) {
+            x.each(i, [&](int64_t at, Vector<T> v) { store(to + at, v * normal_distribution(v)); });
+        }));
+        const auto addend = [&](int64_t i, int64_t) { return inputs.row(i); };
+        forward_rows(layer, inputs, addend, out, room + layer.ring_size, unchanged<T>);
+    }
+}
+
+template <typename T>
+void gelu_backward(
+    const Convolution<T>& layer, const Map<T>& grad, const Map<T>& x, const Map<T>& grad_x, WeightGradients<T>& gradients,
+    int threads
+) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t size = layer.row_size;
+        T* room = thread_room<T>(layer.ring_size + MOST_ROWS * size + 2 * size);
+        T *out_room = room + layer.ring_size, *h_room = out_room + MOST_ROWS * size, *slope_room = h_room + size;
+        Window before(layer.shape, room, size, grad);
+        const auto addend = [&](int64_t i, int64_t) { return before.row(i); };
+        const auto centre = [&](int64_t i) {
+            x.each(i, [&](int64_t at, Vector<T> v) {
+                const Vector<T> below = normal_distribution(v);
+                store(h_room + at, v * below);
+                store(slope_room + at, below + v * normal_density(v));
+            });
+            return Centre<T>{{h_room, layer.lanes}, x.worth_fetching(i + 1)};
+        };
+        backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, [&](T* row, int64_t) {
+            layer.change(row, [&](Vector<T> v, int64_t pixel, int64_t c) {
+                return v * load(slope_room + pixel * layer.lanes + c);
+            });
+        });
+    }
+}
 
 // Calls f with a value of the arithmetic's type for maps of dtype code `dtype`.
 template <typename F> void with_arithmetic(int32_t dtype, F&& f) {
@@ -89,97 +274,6 @@ template <typename F> void with_arithmetic(int32_t dtype, F&& f) {
         f(double{});
     else
         f(float{});
-}
-
-template <typename T>
-void forward(
-    const Convolution<T>& layer, const Map<T>& x, const T* weight, const T* bias, const Map<T>* residual, bool activate,
-    const Map<T>& out, int threads
-) {
-    const Shape& shape = layer.shape;
-    const std::vector<T> taps = by_lanes(weight, shape.channels, shape.kernel * shape.kernel, false);
-    const std::vector<T> biases = bias ? by_lanes(bias, shape.channels, 1, false) : std::vector<T>{};
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t size = layer.row_size, ring = (shape.kernel + 1) * size;
-        T* room = thread_room<T>(ring + 2 * MOST_ROWS * size);
-        T *residual_room = room + ring, *out_room = residual_room + MOST_ROWS * size;
-        Window window(shape, room, size, [&](int64_t i, T* to) { return x.row(i, to); });
-        const Range range = share(shape.rows());
-        int64_t count;
-        for (int64_t i = range.begin; i < range.end; i += count) {
-            count = layer.rows_at(i, range.end);
-            Target<T> targets[MOST_ROWS];
-            Addend<T> added[MOST_ROWS];
-            for (int64_t r = 0; r < count; r++) {
-                if (residual) added[r] = {residual->row(i + r, residual_room + r * size), residual->stride};
-                targets[r] = {out.target(i + r, out_room + r * size), activate ? Addend<T>{} : added[r], x.worth_fetching(i + r + count + shape.pad())};
-            }
-            layer.rows(window.around(i, count), x.stride, taps.data(), bias ? biases.data() : nullptr, targets, count);
-            for (int64_t r = 0; r < count; r++) {
-                if (activate)
-                    layer.change(targets[r].row, [&](Vector<T> v, int64_t pixel, int64_t c) {
-                        return added[r].row ? silu<T>(v) + load(added[r].row + pixel * added[r].stride + c) : silu<T>(v);
-                    });
-                out.finish(i + r, targets[r].row);
-            }
-        }
-    }
-}
-
-template <typename T>
-void backward(
-    const Convolution<T>& layer, const Map<T>& grad, const Map<T>& x, const T* weight, const T* bias, bool activate, bool add_input,
-    const Map<T>& grad_x, T* grad_weight, T* grad_bias, int threads
-) {
-    const Shape& shape = layer.shape;
-    const int64_t window_size = shape.kernel * shape.kernel;
-    const std::vector<T> flipped = by_lanes(weight, shape.channels, window_size, true);
-    const std::vector<T> taps = activate ? by_lanes(weight, shape.channels, window_size, false) : std::vector<T>{};
-    const std::vector<T> biases = bias ? by_lanes(bias, shape.channels, 1, false) : std::vector<T>{};
-    WeightGradients<T> gradients(shape, threads);
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t size = layer.row_size, ring = (shape.kernel + 1) * size;
-        T* room = thread_room<T>(2 * ring + 2 * MOST_ROWS * size + 2 * size);
-        T *grad_room = room + 2 * ring, *out_room = grad_room + MOST_ROWS * size;
-        T *x_room = out_room + MOST_ROWS * size, *after_room = x_room + size;
-        Window inputs(shape, room, size, [&](int64_t i, T* to) { return x.row(i, to); });
-        // The gradient before the activation: grad itself, or grad * silu'(the convolution, computed again).
-        Window before(shape, room + ring, size, [&](int64_t i, T* to) -> const T* {
-            const T* after = grad.row(i, activate ? after_room : to);
-            if (!activate) return after;
-            const Target<T> target{to};
-            layer.rows(inputs.around(i, 1), x.stride, taps.data(), bias ? biases.data() : nullptr, &target, 1);
-            layer.change(to, [&](Vector<T> v, int64_t pixel, int64_t c) { return silu_slope<T>(v) * load(after + pixel * grad.stride + c); });
-            return to;
-        });
-        const int64_t stride = activate ? layer.lanes : grad.stride;
-        T* products = gradients.products(omp_get_thread_num());
-        const Range range = share(shape.rows());
-        int64_t count;
-        for (int64_t i = range.begin; i < range.end; i += count) {
-            count = layer.rows_at(i, range.end);
-            const T* const* under = before.around(i, count);
-            Target<T> targets[MOST_ROWS];
-            for (int64_t r = 0; r < count; r++) {
-                targets[r].row = grad_x.target(i + r, out_room + r * size);
-                if (add_input) targets[r].added = {grad.row(i + r, grad_room + r * size), grad.stride};
-                if (!activate) targets[r].ahead = grad.worth_fetching(i + r + count + shape.pad());
-            }
-            layer.rows(under, stride, flipped.data(), nullptr, targets, count);
-            for (int64_t r = 0; r < count; r++) {
-                grad_x.finish(i + r, targets[r].row);
-                const T* centre = activate ? inputs.row(i + r) : x.row(i + r, x_room);
-                const T* ahead = activate ? nullptr : x.worth_fetching(i + r + 1);
-                const Neighbours<T> near = layer.neighbours(under + r, stride);
-                for (int64_t first = 0; first < shape.width; first += layer.tile.size)
-                    layer.tile.correlate(near, first, centre, x.stride, ahead, products);
-                gradients.add_pixels(omp_get_thread_num(), before.row(i + r), stride, shape.width);
-            }
-        }
-    }
-    gradients.write(grad_weight, grad_bias);
 }
 
 }  // namespace
@@ -194,12 +288,9 @@ extern "C" void depthwise_convolution_forward(
 ) {
     with_arithmetic(x.dtype, [&](auto t) {
         using T = decltype(t);
-        const Convolution<T> layer{{batch, height, width, channels, kernel}};
-        const Map<T> added(residual, layer.shape);
-        forward<T>(
-            layer, Map<T>(x, layer.shape), static_cast<const T*>(weight), static_cast<const T*>(bias), residual.data ? &added : nullptr,
-            activate, Map<T>(out, layer.shape), threads
-        );
+        const Shape shape{batch, height, width, channels, kernel};
+        const Convolution<T> layer(shape, weight, bias, true, false);
+        forward(layer, Map<T>(x, shape), Map<T>(residual, shape), activate, Map<T>(out, shape), threads);
     });
 }
 
@@ -210,10 +301,37 @@ extern "C" void depthwise_convolution_backward(
 ) {
     with_arithmetic(x.dtype, [&](auto t) {
         using T = decltype(t);
-        const Convolution<T> layer{{batch, height, width, channels, kernel}};
-        backward<T>(
-            layer, Map<T>(grad, layer.shape), Map<T>(x, layer.shape), static_cast<const T*>(weight), static_cast<const T*>(bias), activate,
-            add_input, Map<T>(grad_x, layer.shape), static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), threads
-        );
+        const Shape shape{batch, height, width, channels, kernel};
+        const Convolution<T> layer(shape, weight, bias, activate, true);
+        WeightGradients<T> gradients(layer, threads);
+        const Map<T> of_result(grad, shape), of_input(grad_x, shape);
+        backward(layer, of_result, Map<T>(x, shape), activate, add_input, of_input, gradients, threads);
+        gradients.write(grad_weight, grad_bias);
+    });
+}
+
+extern "C" void gelu_depthwise_residual_forward(
+    Tensor x, Tensor out, const void* weight, const void* bias, int64_t batch, int64_t height, int64_t width, int64_t channels,
+    int64_t kernel, int threads
+) {
+    with_arithmetic(x.dtype, [&](auto t) {
+        using T = decltype(t);
+        const Shape shape{batch, height, width, channels, kernel};
+        const Convolution<T> layer(shape, weight, bias, true, false);
+        gelu_forward(layer, Map<T>(x, shape), Map<T>(out, shape), threads);
+    });
+}
+
+extern "C" void gelu_depthwise_residual_backward(
+    Tensor grad, Tensor x, Tensor grad_x, const void* weight, void* grad_weight, void* grad_bias, int64_t batch, int64_t height,
+    int64_t width, int64_t channels, int64_t kernel, int threads
+) {
+    with_arithmetic(x.dtype, [&](auto t) {
+        using T = decltype(t);
+        const Shape shape{batch, height, width, channels, kernel};
+        const Convolution<T> layer(shape, weight, nullptr, false, true);
+        WeightGradients<T> gradients(layer, threads);
+        gelu_backward(layer, Map<T>(grad, shape), Map<T>(x, shape), Map<T>(grad_x, shape), gradients, threads);
+        gradients.write(grad_weight, grad_bias);
     });
 }

@@ -20,6 +20,8 @@ _ARGUMENTS = {  # of each kernel, in this order: maps, pointers, dtype codes; th
     "gated_norm_mix_backward": (0, 11, 1),
     "depthwise_convolution_forward": (3, 2, 0),
     "depthwise_convolution_backward": (3, 4, 0),
+    "gelu_depthwise_residual_forward": (2, 2, 0),
+    "gelu_depthwise_residual_backward": (3, 3, 0),
 }
 _PARAMETERS = {  # C types of the sizes and options
     "rms_norm": (ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
@@ -27,13 +29,14 @@ _PARAMETERS = {  # C types of the sizes and options
     "gated_product": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
     "gated_norm_mix": (*[ctypes.c_int64] * 4, ctypes.c_double, ctypes.c_int),
     "depthwise_convolution": (*[ctypes.c_int64] * 5, ctypes.c_int, ctypes.c_int),
+    "gelu_depthwise_residual": (ctypes.c_int64,) * 5,
 }
 
 
 @cache
 def _function(name: str):
     layer = name.rsplit("_", 1)[0]
-    source = "convolution" if layer == "depthwise_convolution" else "native"
+    source = "convolution" if layer in ("depthwise_convolution", "gelu_depthwise_residual") else "native"
     function = getattr(library(f"fused_layers/{source}.cpp"), name)
     maps, pointers, codes = _ARGUMENTS[name]
     tensors = (*[NativeTensor] * maps, *[ctypes.c_void_p] * pointers, *[ctypes.c_int] * codes)
@@ -206,6 +209,28 @@ def depthwise_convolution_backward(
         _run("depthwise_convolution_backward", tensors, (), *sizes, activate, add_input, maps=maps)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def gelu_depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    wide = _arithmetic(dtype)
+    out = torch.empty(x.shape, dtype=dtype if dtype in DTYPE_CODES else torch.float32)
+    if out.numel():
+        weights = (_weight(weight, wide), None if bias is None else _weight(bias, wide))
+        maps = (_in_memory_of(wide, x), out)
+        _run("gelu_depthwise_residual_forward", weights, (), *x.shape, weight.shape[-1], maps=maps)
+    return out.to(dtype)
+
+
+def gelu_depthwise_residual_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and, in the dtype of the weight, bias."""
+    wide = _arithmetic(x.dtype)
+    read, taps = _in_memory_of(wide, x), _weight(weight, wide)
+    grad_x, grad_weight = torch.empty(x.shape, dtype=read.dtype), torch.zeros_like(taps)
+    grad_bias = torch.zeros(weight.shape[0], dtype=wide)
+    if grad_x.numel():
+        tensors, maps = (taps, grad_weight, grad_bias), (_in_memory_of(wide, grad), read, grad_x)
+        _run("gelu_depthwise_residual_backward", tensors, (), *x.shape, weight.shape[-1], maps=maps)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 def _mix_dtype(*tensors: Tensor) -> torch.dtype:

@@ -153,6 +153,40 @@ def _convolution_gradients(ctx, grad):
 depthwise_convolution.register_autograd(_convolution_gradients, setup_context=_save_convolution)
 
 
+@torch.library.custom_op("gated_vision::gelu_depthwise_residual", mutates_args=(), device_types="cpu")
+def gelu_depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return native.gelu_depthwise_residual(x, weight, bias, dtype)
+
+
+@gelu_depthwise_residual.register_fake
+def _(x, weight, bias, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("gated_vision::gelu_depthwise_residual_backward", mutates_args=(), device_types="cpu")
+def gelu_depthwise_residual_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return native.gelu_depthwise_residual_backward(grad, x, weight)
+
+
+@gelu_depthwise_residual_backward.register_fake
+def _(grad, x, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+def _save_gelu_residual(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _gelu_residual_gradients(ctx, grad):
+    grad_x, grad_weight, grad_bias = gelu_depthwise_residual_backward(grad, *ctx.saved_tensors)
+    return grad_x, grad_weight, None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype), None
+
+
+gelu_depthwise_residual.register_autograd(_gelu_residual_gradients, setup_context=_save_gelu_residual)
+
+
 @torch.library.custom_op("gated_vision::gated_norm_mix", mutates_args=(), device_types="cpu")
 def gated_norm_mix(
     scan: Tensor,

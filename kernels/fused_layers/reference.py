@@ -22,6 +22,11 @@ def depthwise_convolution(
     return out if residual is None else residual + out
 
 
+def gelu_depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    hidden = F.gelu(x)
+    return depthwise_convolution(hidden, weight, bias, hidden, None)
+
+
 def gated_product(x: Tensor, logits: Tensor, kind: str) -> Tensor:
     return x * (F.silu(logits) if kind == "silu" else logits.sigmoid())
 

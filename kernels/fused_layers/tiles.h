@@ -10,7 +10,8 @@
 
 #include "maps.h"
 
-#define ALWAYS __attribute__((always_inline))
+#define ALWAYS __attribute__((always_inline))  // of lambdas: where one is not inlined, the arrays it sees leave the registers
+
 namespace {
 
 // How many rows of outputs a tile has: two share the loads of the rows between them, but need 32 registers.
@@ -23,17 +24,11 @@ template <typename T> struct Neighbours {
     const T* zeros;  // [lanes]: a pixel outside of the map
 };
 
-// A row to add, or null for none.
-template <typename T> struct Addend {
-    const T* row = nullptr;
-    int64_t stride = 0;
-};
-
-// A row of outputs, `lanes` a pixel, what is added to it, and the row of inputs that its successor's window meets first, to
-// be fetched into the cache; null where memory has none.
+// A row of outputs, `lanes` a pixel, what is added to it, and a row of inputs to be fetched into the cache for the tiles
+// that follow, or null.
 template <typename T> struct Target {
     T* row = nullptr;
-    Addend<T> added{};
+    Row<T> added{};
     const T* ahead = nullptr;
 };
 
@@ -70,9 +65,12 @@ template <int P, typename F> INLINE void over_outputs(F&& f) {
     for (int p = 0; p < P; p++) f(p);
 }
 
-// sums[r][p] += sum over d of input[p + d] * tap d of R rows of outputs, each next one's taps a row before. K is the kernel where it is known, else 0.
+// sums[r][p] += sum over d of input[p + d] * tap d of R rows of outputs, the second's taps a row before the first's. K is the
+// kernel where it is known, else 0.
 template <typename T, int K, int P, int R, typename I>
-INLINE void add_row(const I& inputs, int64_t c, const T* taps, int64_t row_of_taps, int64_t lanes, int64_t kernel, Vector<T> (*sums)[P]) {
+INLINE void add_row(
+    const I& inputs, int64_t c, const T* taps, int64_t row_of_taps, int64_t lanes, int64_t kernel, Vector<T> (*sums)[P]
+) {
     if constexpr (K > 0) {
         Vector<T> tap[R][K];
 #pragma GCC unroll 2
@@ -150,7 +148,7 @@ void convolve_tile(const Neighbours<T>& near, int64_t first, const T* taps, cons
     const T* const* rows = near.rows;
     T* out[R];
     const T* ahead[R];
-    Addend<T> added[R];
+    Row<T> added[R];
     for (int r = 0; r < R; r++) out[r] = targets[r].row, ahead[r] = targets[r].ahead, added[r] = targets[r].added;
     over_tile<T, K, P, R>(near, first, [=](auto inputs_of, int count) ALWAYS {
         for (int64_t channel = 0; channel < lanes; channel += LANES<T>) {
@@ -169,8 +167,8 @@ void convolve_tile(const Neighbours<T>& near, int64_t first, const T* taps, cons
             if (R == 2 && rows[kernel]) add_row<T, K, P, 1>(inputs_of(kernel), c, at - row_of_taps, 0, lanes, kernel, sums + 1);
 #pragma GCC unroll 2
             for (int r = 0; r < R; r++) {
-                if (added[r].row) {
-                    const T* from = added[r].row + first * added[r].stride + c;
+                if (added[r].pixels) {
+                    const T* from = added[r].pixels + first * added[r].stride + c;
                     over_outputs<P>([&](int p) ALWAYS { if (p < count) sums[r][p] += load(from + p * added[r].stride); });
                 }
                 T* to = out[r] + first * lanes + c;
@@ -181,23 +179,24 @@ void convolve_tile(const Neighbours<T>& near, int64_t first, const T* taps, cons
     });
 }
 
-// Adds to products [kernel * kernel][lanes] those of a tile of `centre` (its pixels `centre_stride` apart) and what lies
-// under the window around each of its pixels.
+// Adds to products [kernel * kernel][lanes] those of a tile of the row `centre` and what lies under the window around each
+// of its pixels; `ahead` as in Target.
 template <typename T, int K, int P>
-void correlate_tile(const Neighbours<T>& near, int64_t first, const T* centre, int64_t centre_stride, const T* centre_ahead, T* products) {
+void correlate_tile(const Neighbours<T>& near, int64_t first, Row<T> centre, const T* ahead, T* products) {
     const int64_t kernel = K > 0 ? K : near.kernel, lanes = near.lanes;
-    const T* const* rows = near.rows;
-    over_tile<T, K, P, 1>(near, first, [=, &near](auto inputs_of, int count) ALWAYS {
+    const T *const *rows = near.rows, *zeros = near.zeros;
+    over_tile<T, K, P, 1>(near, first, [=](auto inputs_of, int count) ALWAYS {
         const T* pixels[P];
-        over_outputs<P>([&](int p) ALWAYS { pixels[p] = p < count ? centre + (first + p) * centre_stride : near.zeros; });
+        over_outputs<P>([&](int p) ALWAYS { pixels[p] = p < count ? centre.pixels + (first + p) * centre.stride : zeros; });
         for (int64_t channel = 0; channel < lanes; channel += LANES<T>) {
             const int64_t c = opaque(channel);
             Vector<T> values[P];
             over_outputs<P>([&](int p) ALWAYS { values[p] = load(pixels[p] + c); });
+            T* at = products + c;
 #pragma GCC unroll 1
-            for (int64_t k = 0; k < kernel; k++)
-                if (rows[k]) add_products<T, K, P>(inputs_of(k), c, values, lanes, kernel, products + k * kernel * lanes + c);
-            if (centre_ahead) over_outputs<P>([&](int p) ALWAYS { __builtin_prefetch(centre_ahead + (first + p) * centre_stride + c); });
+            for (int64_t k = 0; k < kernel; k++, at += kernel * lanes)
+                if (rows[k]) add_products<T, K, P>(inputs_of(k), c, values, lanes, kernel, at);
+            if (ahead) over_outputs<P>([&](int p) ALWAYS { __builtin_prefetch(ahead + (first + p) * centre.stride + c); });
         }
     });
 }
@@ -205,7 +204,7 @@ void correlate_tile(const Neighbours<T>& near, int64_t first, const T* centre, i
 template <typename T> struct Tile {
     void (*convolve)(const Neighbours<T>&, int64_t, const T*, const T*, const Target<T>*);
     void (*convolve_rows)(const Neighbours<T>&, int64_t, const T*, const T*, const Target<T>*);  // MOST_ROWS at once
-    void (*correlate)(const Neighbours<T>&, int64_t, const T*, int64_t, const T*, T*);
+    void (*correlate)(const Neighbours<T>&, int64_t, Row<T>, const T*, T*);
     int64_t size;
 };
 
