@@ -40,7 +40,7 @@ def manhattan_log_decays(heads: int, initial: float, span: float) -> tuple[float
 
 
 def adaptive_window(length: int, target: int = 7) -> int:
-    """The window side for a map side: rule a.3, inferred (the paper says only that windows adapt).
+    """The window side for a map side. The rule is inferred: the paper says only that windows adapt.
 
     The whole side up to `target`; `target` where it divides the side; else the divisor of the side in
     [ceil(target / 2), 2 * target) that is nearest to `target`, the larger of two; else `target`, with padding.

@@ -99,12 +99,13 @@ class TrainingCommandLine(LightningCLI):
 
 # Lightning's warnings that are wrong here: the moving average is meant to stay in evaluation mode, the sampler does
 # resume in mid-epoch, a resumed run keeps its checkpoints in a folder of its own, and the sets in memory are faster
-# without workers.
+# without workers. The last one is about Lightning's own code.
 _MISTAKEN_WARNINGS = (
     r"The dirpath has changed",
     r".*module\(s\) in eval mode at the start of training",
     r".*your dataloader is not resumable",
     r".*does not have many workers",
+    r".*isinstance\(treespec, LeafSpec\)",
 )
 
 
