@@ -28,6 +28,7 @@ from vision.retention_backbone import RetentionBackbone, check_stages
 from vision.retention_layers import RetentionMixer, WindowRetention, manhattan_log_decays
 from vision.rmt import ALL_STAGES, checkpoint_filter_fn, retention_cfg
 from vision.timm_contract import create_backbone
+from vision.weight_sources import OPENMOJI, shipped_checkpoint
 
 register_notrace_function(gated_product)
 torch.fx.wrap("gated_product")
@@ -278,12 +279,21 @@ class GatedSwinRMT(RetentionBackbone):
                 module.window_size = window_size
 
 
-def _cfg() -> dict[str, Any]:
-    return retention_cfg(paper_ids="arXiv:2604.06014", paper_name="Gated-SwinRMT")
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return retention_cfg(paper_ids="arXiv:2604.06014", paper_name="Gated-SwinRMT", **kwargs)
 
 
 SIZES = ("nano", "tiny", "small", "base", "medium")
-default_cfgs = generate_default_cfgs({f"gated_swin_rmt_{size}_{mixer}": _cfg() for size in SIZES for mixer in MIXERS})
+# Trained here, on the OpenMoji categories; weights in float16.
+SHIPPED = "gated_swin_rmt_nano_swat.openmoji"
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"gated_swin_rmt_{size}_{mixer}": _cfg() for size in SIZES for mixer in MIXERS},
+        SHIPPED: _cfg(
+            file=shipped_checkpoint(SHIPPED), input_size=(3, 48, 48), pool_size=(2, 2), crop_pct=1.0, **OPENMOJI
+        ),
+    }
+)
 
 # Tiny, small and base follow RMT with even depths, so that plain and shifted windows pair up; medium lies midway
 # between RMT's base and large, where the abstract's 77 to 79 million parameters are. Nano is ours.
@@ -328,13 +338,13 @@ def _create(size: str, mixer: str, pretrained: bool, **kwargs: Any) -> GatedSwin
 
 @register_model
 def gated_swin_rmt_nano_retention(pretrained: bool = False, **kwargs: Any) -> GatedSwinRMT:
-    """A size for small images, ours: 3,422,264 parameters."""
+    """A size for small images, ours: 3,422,264 parameters at 1000 classes."""
     return _create("nano", "retention", pretrained, **dict(_NANO, **kwargs))
 
 
 @register_model
 def gated_swin_rmt_nano_swat(pretrained: bool = False, **kwargs: Any) -> GatedSwinRMT:
-    """A size for small images, ours: 3,422,264 parameters."""
+    """A size for small images, ours: 3,422,264 parameters at 1000 classes."""
     return _create("nano", "swat", pretrained, **dict(_NANO, **kwargs))
 
 

@@ -20,12 +20,13 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kernels.fused_layers import depthwise_convolution
+from kernels.fused_layers import depthwise_convolution, gelu_depthwise_residual
 from kernels.window_retention import window_retention
 from vision.timm_contract import refuse_scripting
 
-register_notrace_function(depthwise_convolution)
-torch.fx.wrap("depthwise_convolution")
+for _operation in (depthwise_convolution, gelu_depthwise_residual):
+    register_notrace_function(_operation)
+    torch.fx.wrap(_operation.__name__)
 
 
 def manhattan_log_decays(heads: int, initial: float, span: float) -> tuple[float, ...]:
@@ -216,8 +217,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(self.dwconv(x, residual=x))
+        convolution = self.dwconv.conv
+        return self.fc2(gelu_depthwise_residual(self.fc1(x), convolution.weight, convolution.bias))
 
 
 class RetentionBlock(nn.Module):

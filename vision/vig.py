@@ -34,7 +34,7 @@ from vision.inference_fusion import fuse_for_inference, refuse_training_when_fus
 from vision.patch_embedding import PatchEmbed, as_pair, position_for_grid, resize_position_embedding
 from vision.timm_contract import check_output_format, check_pooling, create_backbone
 from vision.vig_checkpoints import checkpoint_filter_fn, published_vig
-from vision.weight_sources import SHIPPED_CHECKPOINTS
+from vision.weight_sources import OPENMOJI, shipped_checkpoint
 
 torch.fx.wrap("position_for_grid")  # a single node: it looks at shapes, which a symbolic trace does not have
 
@@ -290,9 +290,9 @@ def vig_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _small_cfg(**kwargs: Any) -> dict[str, Any]:
+def _small_cfg(checkpoint: str, **kwargs: Any) -> dict[str, Any]:
     own = {"pool_size": (7, 7), "crop_pct": 1.0, "origin_url": None, **kwargs}
-    return vig_cfg(file=str(SHIPPED_CHECKPOINTS / f"{own.pop('checkpoint')}.safetensors"), **own)
+    return vig_cfg(file=shipped_checkpoint(checkpoint), **own)
 
 
 # Top-1 on ImageNet-1k as reported by the authors: tiny 77.2, small 81.7, base 82.6.
@@ -316,22 +316,7 @@ default_cfgs = generate_default_cfgs(
             std=(0.3081,),
         ),
         "vig_nano_patch4_28.openmoji": _small_cfg(
-            checkpoint="vig_nano_patch4_28.openmoji",
-            input_size=(3, 28, 28),
-            num_classes=9,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            label_names=(
-                "Smileys & Emotion",
-                "People & Body",
-                "Animals & Nature",
-                "Food & Drink",
-                "Travel & Places",
-                "Activities",
-                "Objects",
-                "Symbols",
-                "Flags",
-            ),
+            checkpoint="vig_nano_patch4_28.openmoji", input_size=(3, 28, 28), **OPENMOJI
         ),
     }
 )

@@ -41,7 +41,7 @@ def test_parameters(name, classes, arguments, parameters):
 def test_docstrings_tell_the_parameters(size):
     for mixer in ("retention", "swat"):
         name = f"gated_swin_rmt_{size}_{mixer}"
-        model = timm.create_model(name, device="meta")
+        model = timm.create_model(name, num_classes=1000, device="meta")
         counted = sum(parameter.numel() for parameter in model.parameters())
         assert f"{counted:,} parameters" in timm.model_entrypoint(name).__doc__
 

@@ -139,7 +139,8 @@ def test_openmoji_categories_and_families():
     known = {"😂": "Smileys", "👩‍🚀": "People", "🐈‍⬛": "Animals", "🍄‍🟫": "Food", "🍄": "Animals", "🚲": "Travel"}
     known |= {"⚽": "Activities", "🔑": "Objects", "♻️": "Symbols", "#️⃣": "Symbols", "🇫🇷": "Flags", "🏴‍☠️": "Flags"}
     assert {sequence: category_of(sequence).split()[0] for sequence in known} == known
-    assert timm.get_pretrained_cfg("vig_nano_patch4_28.openmoji").label_names == tuple(CATEGORIES)
+    for name in ("vig_nano_patch4_28.openmoji", "gated_swin_rmt_nano_swat.openmoji"):
+        assert timm.get_pretrained_cfg(name).label_names == tuple(CATEGORIES)
     assert family_of("👩🏽‍🚀") == family_of("👨‍🚀") == family_of("🧑🏿‍🚀")
     assert family_of("🏃‍♀️‍➡️") == family_of("🏃🏾")
     assert family_of("👩‍🚀") != family_of("👩‍🚒")

@@ -1,5 +1,7 @@
 """The checkpoints that the suite ships reach the accuracy their configurations state."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -8,10 +10,17 @@ import vision  # noqa: F401  registers the models
 from vision.in_memory_images import Mnist5k, OpenMoji
 
 
-@pytest.mark.parametrize(("tag", "data", "least"), [("mnist5k", Mnist5k, 0.98), ("openmoji", OpenMoji, 0.6)])
-def test_shipped_checkpoint_keeps_its_accuracy(tag, data, least):
+@pytest.mark.parametrize(
+    ("name", "data", "least"),
+    [
+        ("vig_nano_patch4_28.mnist5k", Mnist5k, 0.98),
+        ("vig_nano_patch4_28.openmoji", OpenMoji, 0.6),
+        ("gated_swin_rmt_nano_swat.openmoji", partial(OpenMoji, image_size=48), 0.6),
+    ],
+)
+def test_shipped_checkpoint_keeps_its_accuracy(name, data, least):
     """On the test images of the split, which training never saw."""
-    model = timm.create_model(f"vig_nano_patch4_28.{tag}", pretrained=True).eval()
+    model = timm.create_model(name, pretrained=True).eval()
     images = data()
     images.setup("test")
     assert tuple(model.pretrained_cfg["mean"]) == images.mean
