@@ -1,8 +1,9 @@
-"""`python -m vision benchmark`: ViG's speed and memory on CPU beside timm's DeiT of the same size.
+"""`python -m vision benchmark`: speed and memory on CPU, ViG beside timm's DeiT and Gated-SwinRMT beside timm's Swin.
 
 Nothing is timed before the optimised models agree with the definition. Rivals run in turn in one process and the ratio
-is the median over rounds, because times on a shared machine mean little; thread counts are reported apart. ViG runs
-fused for inference (`model.fuse()`), DeiT as timm builds it (fused attention). Everything is also written as JSON.
+is the median over rounds, because times on a shared machine mean little; thread counts are reported apart. For
+inference the suite's models run fused (`model.fuse()`), timm's as timm builds them (fused attention). Everything is
+also written as JSON.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from kernels.backend import use_backend
 from kernels.interleaved_timing import Timing, machine, print_table, ratio, time_interleaved
 from vision.flops import count_macs
-from vision.retention_benchmark import measure_core, measure_models
+from vision.retention_benchmark import RETENTION, SWAT, measure_core, measure_models
 
 SECTIONS = (
     *("models", "inference", "training", "precision", "memory", "profile"),
@@ -52,8 +53,12 @@ def check_correctness() -> None:
     for name, arguments in (
         (VIG, {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2}),
         ("vig_h_tiny", {"dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 4)}),
+        *(
+            (name, {"embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 2, 2)})
+            for name in (RETENTION, SWAT, "rmt_tiny")
+        ),
     ):
-        model = timm.create_model(name, drop_path_rate=0.0, **arguments).train()
+        model = timm.create_model(name, drop_path_rate=0.0, **arguments).eval()
         images = torch.randn(2, 3, 512, 528)  # large enough for the values that training computes again
         parameters = list(model.double().parameters())
         with use_backend("torch"):

@@ -12,7 +12,8 @@ of a 32 x 32 image. With x the normed map:
 
 R is `kernels.window_retention`. Everything around it is RMT's (`vision.retention_layers`): stem, downsampling, blocks,
 feed-forward, rotation, layer scales and initialisation are inferred from there, window size and shift from Swin, the
-slopes from SWAT (arXiv 2502.18845, equation 4). An RMT checkpoint loads with `g_proj` alone missing.
+slopes from SWAT (arXiv 2502.18845, equation 4). A checkpoint of an RMT with the same depths loads with `g_proj` alone
+missing; where all its stages are decomposed and every window is the whole map, open gates give its logits.
 """
 
 import inspect
@@ -24,7 +25,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from kernels.fused_layers import gated_product
-from vision.retention_backbone import RetentionBackbone, check_stages
+from vision.retention_backbone import RetentionBackbone, check_names, check_stages
 from vision.retention_layers import RetentionMixer, WindowRetention, manhattan_log_decays
 from vision.rmt import ALL_STAGES, checkpoint_filter_fn, retention_cfg
 from vision.timm_contract import create_backbone
@@ -44,8 +45,8 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_window_size(window_size: int) -> None:
-    if window_size < 1:
-        raise ValueError(f"window_size is {window_size}; valid are 1 and more")
+    if not isinstance(window_size, int) or window_size < 1:
+        raise ValueError(f"window_size is {window_size}; valid are whole numbers from 1 on")
 
 
 def swat_slopes(heads: int) -> tuple[float, ...]:
@@ -87,6 +88,8 @@ class GatedRetention(RetentionMixer):
         check_choice("gate", gate, ("elementwise", "headwise", "none"))
         check_choice("gate_source", gate_source, ("normed", "residual"))
         check_choice("gate_init", gate_init, ("default", "open"))
+        if gate == "none" and (gate_source, gate_init) != ("normed", "default"):
+            raise ValueError(f"gate_source is {gate_source!r} and gate_init {gate_init!r}, but gate is 'none'")
         super().__init__(
             dim,
             num_heads,
@@ -154,6 +157,10 @@ class SwatRetention(RetentionMixer):
         check_choice("alibi", alibi, ("distance", "signed", "none"))
         check_choice("post_decay", post_decay, ("gamma", "alibi"))
         check_choice("swat_norm", swat_norm, ("clamp", "sum", "rmsnorm", "none"))
+        if post_decay == "alibi" and alibi != "distance":
+            raise ValueError(
+                f"alibi is {alibi!r}, but post_decay is 'alibi': slopes act on the distance after the scores"
+            )
         slopes = swat_slopes(num_heads)
         if post_decay == "alibi":
             log_decay = [-abs(slope) for slope in slopes]
@@ -228,6 +235,7 @@ class GatedSwinRMT(RetentionBackbone):
         dtype=None,
         **backbone: Any,
     ):
+        check_names(GatedSwinRMT, backbone)
         check_choice("mixer", mixer, tuple(MIXERS))
         check_stages(embed_dims=embed_dims, num_heads=num_heads, init_values=init_values, heads_ranges=heads_ranges)
         check_window_size(window_size)

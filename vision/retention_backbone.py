@@ -6,7 +6,9 @@ Maps are (B, H, W, C) from the stem to the pooling (`output_fmt` is NHWC), at st
 works in one model. What `vig.py` says of export and TorchScript holds here.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -28,22 +30,46 @@ DOWNSAMPLE = {"conv": Downsample, "merge": PatchMerging}
 
 
 def check_stages(**lists: Sequence) -> None:
-    """Raise `ValueError` unless all lists have one entry a stage."""
-    if len({len(entries) for entries in lists.values()}) != 1 or not all(lists.values()):
+    """Raise `ValueError` unless all are lists that have one entry a stage."""
+    for name, entries in lists.items():
+        if not isinstance(entries, Sequence) or not entries:
+            raise ValueError(f"{name} is {entries!r}; it must be a list with one entry a stage")
+    if len({len(entries) for entries in lists.values()}) != 1:
         given = ", ".join(f"{name} {tuple(entries)}" for name, entries in lists.items())
         raise ValueError(f"{given}: each must have one entry a stage")
 
 
+def check_names(model: type, arguments: Iterable[str]) -> None:
+    """Raise `ValueError` for an argument that neither `model` nor the backbone takes."""
+    taken = {**inspect.signature(model).parameters, **inspect.signature(RetentionBackbone).parameters}
+    if unknown := [name for name in arguments if name not in taken]:
+        valid = ", ".join(sorted(taken.keys() - {"make_retention", "backbone"}))
+        raise ValueError(f"{', '.join(unknown)} is no argument of {model.__name__}; valid are {valid}")
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise `ValueError` unless `value` lies in the range."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is or holds {value}; valid are {least} to {most}")
+
+
 @register_notrace_function
 @torch.fx.wrap
-def checked_images(images: Tensor, in_chans: int, training: bool) -> Tensor:
-    """Return `images`, or raise `ValueError` for a shape that the model cannot take."""
+def checked_images(images: Tensor, in_chans: int, stride_of_statistics: int) -> Tensor:
+    """Return `images`, or raise `ValueError` for a shape that the model cannot take.
+
+    Args:
+        images: (B, in_chans, H, W).
+        in_chans: channels that the model takes.
+        stride_of_statistics: of the last map of which a batch norm takes statistics in training; 0 for none.
+    """
     if images.dim() != 4 or images.shape[1] != in_chans or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {tuple(images.shape)}; the model takes (batch, {in_chans}, height, width)")
-    if training and images.shape[0] == 1 and max(images.shape[2:]) <= 32:
+    if images.shape[0] == 1 and max(images.shape[2:]) <= stride_of_statistics:
         raise ValueError(
             f"images have shape {tuple(images.shape)}: the last map would be one pixel, of which batch norm cannot "
-            "take statistics in training; use two images or more, images larger than 32 pixels, or model.eval()"
+            f"take statistics in training; use two images or more, images larger than {stride_of_statistics} pixels, "
+            "or model.eval()"
         )
     return images
 
@@ -106,6 +132,12 @@ class RetentionBackbone(nn.Module):
         check_stages(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios, layerscales=layerscales)
         if downsample not in DOWNSAMPLE:
             raise ValueError(f"downsample is {downsample!r}; valid are {', '.join(map(repr, DOWNSAMPLE))}")
+        for dim, depth, ratio in zip(embed_dims, depths, mlp_ratios, strict=True):
+            check_range("embed_dims", dim, 2)
+            check_range("depths", depth, 1)
+            check_range("mlp_ratios", ratio, 1 / dim)
+        check_range("projection", projection, 1)
+        check_range("drop_path_rate", drop_path_rate, 0, 1)
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.set_input_size(img_size)
@@ -198,6 +230,12 @@ class RetentionBackbone(nn.Module):
         refuse_training_when_fused(self, mode)
         return super().train(mode)
 
+    def stride_of_statistics(self) -> int:
+        """Stride of the last map if a batch norm takes statistics of it in this mode, else 0."""
+        norms = [self.norm, *(module for stage in self.layers[-2:-1] for module in stage.downsample.modules())]
+        trains = any(isinstance(norm, nn.BatchNorm2d) and norm.training for norm in norms)
+        return 4 * 2 ** (len(self.layers) - 1) if trains else 0
+
     def run_blocks(self, stage: Stage, x: Tensor) -> Tensor:
         if self.grad_checkpointing:
             return checkpoint_seq(stage.blocks, x)
@@ -233,7 +271,7 @@ class RetentionBackbone(nn.Module):
         """
         check_output_format(output_fmt)
         wanted, last = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(checked_images(x, self.in_chans, self.training))
+        x = self.patch_embed(checked_images(x, self.in_chans, self.stride_of_statistics()))
         intermediates = []
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = self.run_blocks(stage, x)
@@ -248,7 +286,10 @@ class RetentionBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one wanted, and with them (or if asked) the projection and the head."""
+        """Drop the stages after the last one wanted and, with them or if asked, projection and norm, and the head.
+
+        The head goes with the projection, whose width it has.
+        """
         wanted, last = feature_take_indices(len(self.layers), indices)
         shortened = last < len(self.layers) - 1
         self.layers = self.layers[: last + 1]
@@ -256,13 +297,13 @@ class RetentionBackbone(nn.Module):
         if prune_norm or shortened:
             self.proj, self.norm, self.swish = nn.Identity(), nn.Identity(), nn.Identity()
             self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
+        if prune_head or prune_norm or shortened:
             self.reset_classifier(0, "")
         return wanted
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> map (B, H', W', projection)."""
-        x = self.patch_embed(checked_images(x, self.in_chans, self.training))
+        x = self.patch_embed(checked_images(x, self.in_chans, self.stride_of_statistics()))
         for stage in self.layers:
             x = stage.downsample(self.run_blocks(stage, x))
         return self.project(x)

@@ -35,8 +35,8 @@ def manhattan_log_decays(heads: int, initial: float, span: float) -> tuple[float
     Raises:
         ValueError: a decay would not lie between 0 and 1.
     """
-    if initial <= 0 or initial + span <= 0:
-        raise ValueError(f"init_values is {initial} and heads_ranges {span}; they and their sum must be positive")
+    if initial <= 0 or span < 0:
+        raise ValueError(f"init_values holds {initial} and heads_ranges {span}; valid are positive ones, and 0 or more")
     return tuple(math.log1p(-(2.0 ** (-initial - span * head / heads))) for head in range(heads))
 
 
@@ -217,7 +217,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        convolution = self.dwconv.conv
+        convolution = self.dwconv.conv  # its weights alone: the activation, it and the residual are one pass
         return self.fc2(gelu_depthwise_residual(self.fc1(x), convolution.weight, convolution.bias))
 
 

@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
+from kernels.full_retention import full_retention
 from kernels.window_retention import tables
-from kernels.window_retention.reference import rotate
-from vision.retention_backbone import RetentionBackbone, check_stages
+from vision.retention_backbone import RetentionBackbone, check_names, check_stages
 from vision.retention_layers import RetentionMixer, WindowRetention, manhattan_log_decays
 from vision.timm_contract import create_backbone
 from vision.weight_sources import unwrapped
@@ -31,26 +30,8 @@ from vision.weight_sources import unwrapped
 __all__ = ["RMT", "checkpoint_filter_fn"]
 
 
-@register_notrace_function
-@torch.fx.wrap
-def full_retention(query: Tensor, key: Tensor, value: Tensor, log_decay: Sequence[float]) -> Tensor:
-    """Retention over all tokens of a map at once: (B, H, W, heads, D) -> (B, H, W, heads, D)."""
-    size = query.shape[1:3]
-    query, key = (rotate(x.permute(0, 3, 1, 2, 4), size).flatten(2, 3).to(value.dtype) for x in (query, key))
-    bias = manhattan_bias(size[0], size[1], tuple(log_decay), value)
-    mixed = F.scaled_dot_product_attention(query, key, value.flatten(1, 2).transpose(1, 2), attn_mask=bias)
-    return mixed.transpose(1, 2).unflatten(1, size)
-
-
-def manhattan_bias(height: int, width: int, log_decay: tuple[float, ...], like: Tensor) -> Tensor:
-    """(|h_i - h_j| + |w_i - w_j|) ln(gamma), (heads, tokens, tokens), in `like`'s dtype."""
-
-    def build() -> Tensor:
-        row_steps, column_steps = (tables.distances(side).abs() for side in (height, width))
-        steps = row_steps[:, None, :, None] + column_steps[None, :, None, :]
-        return tables.by_head(log_decay, 3) * steps.reshape(height * width, -1)
-
-    return tables.constant(("manhattan", height, width, log_decay), build, like)
+register_notrace_function(full_retention)
+torch.fx.wrap("full_retention")
 
 
 class FullRetention(nn.Module):
@@ -99,6 +80,7 @@ class RMT(RetentionBackbone):
         dtype=None,
         **backbone: Any,
     ):
+        check_names(RMT, backbone)
         check_stages(
             embed_dims=embed_dims,
             num_heads=num_heads,

@@ -21,9 +21,9 @@ Sources: RMT, arXiv 2309.11523 (decay, rotation, two passes; with one window on 
 decomposed retention exactly); Swin, arXiv 2103.14030 (shifted windows); SWAT, arXiv 2502.18845 (sigmoid, slopes);
 Gated-SwinRMT, arXiv 2604.06014 (their combination, re-implemented from its abstract: what is inferred is an argument).
 
-Files: `reference.py` is the definition, in Swin's own terms; `portable.py` the PyTorch forms; `native.cpp` the CPU
-kernel and `triton.py` the GPU kernel; `operators.py` registers the last two with PyTorch; `tables.py` keeps the
-constants of each size.
+Files: `reference.py` is the definition, in Swin's own terms, and serves the `torch` backend too; `native.cpp` is the
+CPU kernel and `triton.py` the GPU kernel; `operators.py` registers them with PyTorch; `tables.py` keeps the constants
+of each size.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from kernels.backend import resolve_backend
 from kernels.precision import common_dtype, full_precision
-from kernels.window_retention import operators, portable, reference
-from kernels.window_retention.arguments import Settings, check_arguments
+from kernels.window_retention import operators, reference
+from kernels.window_retention.arguments import Settings, as_pair, check_arguments
 from kernels.window_retention.tables import LARGEST_TILE
 
 __all__ = ["window_retention"]
@@ -81,10 +81,10 @@ def window_retention(
         RuntimeError: the named backend cannot run here.
     """
     settings = Settings(
-        log_decay=tuple(log_decay),
-        slopes=() if slopes is None else tuple(slopes),
-        window=tuple(window),
-        shift=tuple(shift),
+        log_decay=tuple(map(float, log_decay)),
+        slopes=() if slopes is None else tuple(map(float, slopes)),
+        window=as_pair("window", window),
+        shift=as_pair("shift", shift),
         activation=activation,
         normalization=normalization,
         signed_slopes=signed_slopes,
@@ -99,6 +99,5 @@ def window_retention(
     backend = resolve_backend("window_retention", query.device, backend, refusals={"triton": refusal})
     if backend in ("native", "triton"):
         return operators.window_retention(query, key, value, *settings.as_arguments(), backend)
-    plain = reference if backend == "reference" else portable
     with full_precision(query.device):
-        return plain.window_retention(*common_dtype(query, key, value), settings).to(value.dtype)
+        return reference.window_retention(*common_dtype(query, key, value), settings).to(value.dtype)

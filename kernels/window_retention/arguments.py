@@ -1,6 +1,7 @@
 """The settings of a window retention, and the errors where they or the tensors do not fit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -28,6 +29,13 @@ class Settings:
     def as_arguments(self) -> tuple[Any, ...]:
         """The fields in order, for an operator, which takes no dataclass."""
         return astuple(self)
+
+
+def as_pair(name: str, sides: tuple[int, int]) -> tuple[int, int]:
+    """`sides` as two integers, or `ValueError`."""
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(s, int | torch.SymInt) for s in sides):
+        raise ValueError(f"{name} is {sides!r}; it is a pair of integers, (rows, columns)")
+    return sides[0], sides[1]
 
 
 def check_arguments(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> None:
@@ -75,8 +83,6 @@ def _check_options(settings: Settings, heads: int) -> None:
 
 
 def _check_windows(settings: Settings, size: tuple[int, int]) -> None:
-    if len(settings.window) != 2 or len(settings.shift) != 2:
-        raise ValueError(f"window is {settings.window} and shift {settings.shift}; each is (rows, columns)")
     for axis, length, window, shift in zip(("rows", "columns"), size, settings.window, settings.shift, strict=True):
         if not 1 <= window <= max(length, 1):
             raise ValueError(

@@ -1,7 +1,5 @@
 """The definition: roll, pad, cut into windows and mask as Swin does, then attend along rows and along columns."""
 
-from collections.abc import Callable, Hashable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,41 +56,20 @@ def retention_weights(scores: Tensor, axis: int, length: int, settings: Settings
     """
     side, shift = settings.window[axis], settings.shift[axis]
 
-    def steps() -> Tensor:
-        return tables.distances(side)
-
-    def forbidden() -> Tensor:
-        met = tables.allowed(length, side, shift)[:, None, None]  # of windows along, or
-        return ~met if axis == 1 else ~met[:, None]  # of windows down
-
-    masked = forbidden if tables.has_mask(length, side, shift) else None
-    return normalized_weights(scores, *biases(("lines", axis, length), steps, masked, 4, settings, scores), settings)
-
-
-def biases(
-    key: tuple[Hashable, ...],
-    steps: Callable[[], Tensor],
-    forbidden: Callable[[], Tensor] | None,
-    dimensions: int,
-    settings: Settings,
-    like: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """What `normalized_weights` adds to scores: log decays, -inf where tokens may not meet, and slopes (None: nothing).
-
-    Both are kept by `key` and `settings`. `steps` lie between the tokens, `forbidden` are the pairs that may not meet,
-    and the heads are the first of the last `dimensions`.
-    """
-    key = (*key, settings)
-
     def decays() -> Tensor:
-        bias = tables.by_head(settings.log_decay, dimensions) * steps().abs()
-        return bias if forbidden is None else bias.masked_fill(forbidden(), float("-inf"))
+        bias = tables.by_head(settings.log_decay, 4) * tables.distances(side).abs()
+        if not tables.has_mask(length, side, shift):
+            return bias
+        met = tables.allowed(length, side, shift)[:, None, None]  # of windows along, or
+        return bias.masked_fill(~met if axis == 1 else ~met[:, None], float("-inf"))  # of windows down
 
     def slopes() -> Tensor:
-        return tables.by_head(settings.slopes, dimensions) * (steps() if settings.signed_slopes else steps().abs())
+        steps = tables.distances(side)
+        return tables.by_head(settings.slopes, 4) * (steps if settings.signed_slopes else steps.abs())
 
-    bias = tables.constant(("decays", *key), decays, like)
-    return bias, tables.constant(("slopes", *key), slopes, like) if settings.slopes else None
+    bias = tables.constant(("decays", axis, length, settings), decays, scores)
+    along = tables.constant(("slopes", axis, settings), slopes, scores) if settings.slopes else None
+    return normalized_weights(scores, bias, along, settings)
 
 
 def normalized_weights(scores: Tensor, bias: Tensor, slopes: Tensor | None, settings: Settings) -> Tensor:

@@ -1,15 +1,18 @@
 """The constants of a window retention by size: runs of neighbours, masks, distances, rotations. Each is built once."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 LARGEST_TILE = 64  # tokens of a window that the Triton kernel and the shared-score form hold at once
-_KEPT = 256
-_kept: dict[Hashable, Tensor] = {}
+_KEPT_BYTES = 64 << 20  # of constants in all; what is larger alone is built anew each time
+_kept: OrderedDict[Hashable, Tensor] = OrderedDict()  # the least recently used first
+_lock = Lock()
 
 
 def constant(key: tuple[Hashable, ...], build: Callable[[], Tensor], like: Tensor) -> Tensor:
@@ -25,12 +28,19 @@ def constant(key: tuple[Hashable, ...], build: Callable[[], Tensor], like: Tenso
     if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
         return built()
     key = (*key, like.device, like.dtype)
-    if key not in _kept:
-        while len(_kept) >= _KEPT:
-            del _kept[next(iter(_kept))]
-        with torch.inference_mode(False), torch.no_grad():
-            _kept[key] = built()
-    return _kept[key]
+    with _lock:
+        if (tensor := _kept.get(key)) is not None:
+            _kept.move_to_end(key)
+            return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        tensor = built()
+    if tensor.nbytes > _KEPT_BYTES:
+        return tensor
+    with _lock:
+        _kept[key] = tensor
+        while sum(other.nbytes for other in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
+    return tensor
 
 
 def angles(head_dim: int) -> Tensor:
@@ -85,7 +95,7 @@ def allowed(length: int, window: int, shift: int) -> Tensor:
     return region[:, :, None] == region[:, None, :]
 
 
-@lru_cache(_KEPT)
+@lru_cache(1024)
 def runs(length: int, window: int, shift: int) -> tuple[tuple[int, int], ...]:
     """The runs (start, stop) of neighbours that may meet, in order: they cover the axis once."""
     members: dict[tuple[int, int], list[int]] = {}

@@ -1,13 +1,14 @@
 """What the definition of window retention must satisfy, by other means than its own; its errors; the runs of tokens."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.window_retention import portable, reference, tables, window_retention
+from kernels.window_retention import reference, tables, window_retention
 from kernels.window_retention.arguments import Settings
 from tests.kernels.retention_cases import (
     OPTIONS,
@@ -149,20 +150,40 @@ def along_lines(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -
     return reference.merge(value.transpose(-3, -2), size, settings)
 
 
-def in_dense_windows(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
-    """Both passes over all tokens of a window, with minus infinity between those of different lines."""
+def dense_windows(
+    query: Tensor, key: Tensor, value: Tensor, settings: Settings
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Queries, keys (rotated) and values of all T tokens of each window, (B, down, along, heads, T, channels), and by
+    axis the bias of all its pairs of tokens: minus infinity between those of different lines."""
     size, decays = query.shape[1:3], torch.tensor(settings.log_decay)[:, None, None]
     query, key, value = (reference.partition(x, settings) for x in (query, key, value))
     query, key = (reference.rotate(x, settings.window) for x in (query, key))
-    query, key, value = (x.flatten(-3, -2) for x in (query, key, value))  # (B, down, along, heads, T, channels)
     places = torch.cartesian_prod(*map(torch.arange, settings.window))
-    steps = places[:, None] - places
+    steps, biases = places[:, None] - places, {}
     for axis in (1, 0):
         allowed = tables.allowed(size[axis], settings.window[axis], settings.shift[axis])
         allowed = allowed[:, places[:, None, axis], places[:, axis]] & (steps[..., 1 - axis] == 0)
         allowed = allowed[:, None] if axis == 1 else allowed[:, None, None]
-        bias = (steps[..., axis].abs() * decays).masked_fill(~allowed, -math.inf)
+        biases[axis] = (steps[..., axis].abs() * decays).masked_fill(~allowed, -math.inf)
+    return [x.flatten(-3, -2) for x in (query, key, value)], biases
+
+
+def in_dense_windows(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
+    """Both passes as scaled dot-product attention over all tokens of a window."""
+    size = query.shape[1:3]
+    (query, key, value), biases = dense_windows(query, key, value, settings)
+    for bias in biases.values():
         value = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=settings.scale)
+    return reference.merge(value.unflatten(-2, settings.window), size, settings)
+
+
+def by_shared_scores(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
+    """Both passes from one matrix of the scores of all pairs of tokens of a window."""
+    size = query.shape[1:3]
+    (query, key, value), biases = dense_windows(query, key, value, settings)
+    scores = query @ key.transpose(-1, -2) * settings.scale
+    for bias in biases.values():
+        value = (scores + bias).softmax(-1) @ value
     return reference.merge(value.unflatten(-2, settings.window), size, settings)
 
 
@@ -174,12 +195,20 @@ def in_dense_windows(query: Tensor, key: Tensor, value: Tensor, settings: Settin
 def test_all_forms_of_the_softmax_agree(case):
     inputs = make_inputs(case)
     settings = softmax_settings(case)
-    expected = reference.window_retention(*(x.double() for x in inputs), settings)
-    for form in (along_lines, in_dense_windows, portable.by_lines, portable.by_shared_scores):
-        assert (form(*inputs, settings) - expected).abs().max() < 1e-5, form.__name__
-    for backend in BACKENDS:
-        output = window_retention(*inputs, backend=backend, **arguments(case, {"scale": settings.scale}))
-        assert (output - expected).abs().max() < 1e-5, backend
+    grad = torch.randn(inputs[2].shape)
+
+    def results(form, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = form(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    expected = results(partial(reference.window_retention, settings=settings), torch.float64)
+    options = arguments(case, {"scale": settings.scale})
+    forms = [partial(form, settings=settings) for form in (along_lines, in_dense_windows, by_shared_scores)]
+    forms += [partial(window_retention, backend=backend, **options) for backend in BACKENDS]
+    for form in forms:
+        for actual, target in zip(results(form, torch.float32), expected, strict=True):
+            assert (actual - target).abs().max() < 1e-5, form
 
 
 def test_clamped_sigmoids_are_a_softmax_scaled_down():
@@ -235,8 +264,8 @@ def test_windows_of_one_token_return_the_values():
         ({"window": (5, 3)}, r"window is \(5, 3\), but the map has 4 rows; valid are 1 to 4"),
         ({"window": (2, 7)}, r"window is \(2, 7\), but the map has 6 columns; valid are 1 to 6"),
         ({"window": (0, 3)}, r"window is \(0, 3\)"),
-        ({"window": (2, 3, 1)}, r"window is \(2, 3, 1\).*each is \(rows, columns\)"),
-        ({"shift": (1,)}, r"shift \(1,\); each is \(rows, columns\)"),
+        ({"window": (2, 3, 1)}, r"window is \(2, 3, 1\).*it is a pair of integers"),
+        ({"shift": (1,)}, r"shift is \(1,\); it is a pair of integers"),
         ({"shift": (2, 0)}, r"shift is \(2, 0\) with window \(2, 3\); valid are 0 to 1"),
         ({"shift": (0, -1)}, r"shift is \(0, -1\) with window \(2, 3\); valid are 0 to 2"),
         ({"activation": "relu"}, "activation is 'relu'; valid are 'softmax', 'sigmoid'"),

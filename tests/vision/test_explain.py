@@ -325,7 +325,8 @@ def test_command_draws_one_picture(name, photo, tmp_path, capsys):
     assert lines[6].startswith("stage ")
     assert ("no gates" in printed.out) == name.startswith("rmt")
     assert lines[-1].startswith("receptive field: 50 % of it in ")
-    assert ("random weights" in printed.err) == (name not in SAVED)
+    trained = name in SAVED or timm.models.is_model_pretrained(name)
+    assert ("random weights" in printed.err) == (not trained)
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_file()) == ["inside.png"]
 
 
@@ -351,7 +352,7 @@ def test_picture_shows_every_head_and_gate():
     assert any(name.startswith("output gate sigmoid") for name in names)
 
 
-RANDOM = {"model": "gated_swin_rmt_nano_swat", "image_size": "32"}
+RANDOM = {"model": "gated_swin_rmt_nano_retention", "image_size": "32"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import vision  # noqa: F401  registers the models
-from tests.vision.small_models import create
+from kernels.full_retention import full_retention
+from tests.vision.small_models import RETENTION, create
 from vision.rmt import checkpoint_filter_fn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rmt"
@@ -144,3 +145,76 @@ def test_one_pixel_of_batch_statistics_is_refused_in_words():
         model(torch.randn(1, 3, 32, 32))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
     assert model(torch.randn(1, 3, 32, 33)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda: create("rmt", features_only=True, out_indices=(0, 1)),
+        lambda: create("rmt", **TWO_STAGES),
+        lambda: frozen_statistics(create("rmt")),
+    ],
+    ids=["first-stages", "two-stages", "frozen-statistics"],
+)
+def test_one_pixel_is_taken_where_no_statistics_are_of_it(prepare):
+    model = prepare()
+    outputs = model(torch.randn(1, 3, 32, 32))
+    assert all(output.isfinite().all() for output in outputs)
+
+
+TWO_STAGES = {
+    "embed_dims": (16, 32),
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "mlp_ratios": (2, 2),
+    "init_values": (2, 2),
+    "heads_ranges": (4, 4),
+    "layerscales": (False, False),
+    "chunkwise_recurrents": (True, False),
+}
+
+
+def frozen_statistics(model: nn.Module) -> nn.Module:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def test_deeper_pyramids_are_guarded_too():
+    five = {name: (*values, values[-1]) for name, values in RETENTION.items() if isinstance(values, tuple)}
+    five |= {name: (2,) * 5 for name in ("init_values", "heads_ranges", "mlp_ratios")}
+    model = create("rmt", **five, layerscales=(False,) * 5, chunkwise_recurrents=(True,) * 5).train()
+    with pytest.raises(ValueError, match="images larger than 64 pixels"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["rmt_small", "rmt_base"])
+def test_gated_models_of_equal_depths_lack_only_the_gates(name):
+    rmt = timm.create_model(name, device="meta")
+    depths = [len(stage.blocks) for stage in rmt.layers]
+    gated = timm.create_model(name.replace("rmt", "gated_swin_rmt") + "_retention", depths=depths, device="meta")
+    assert {key for key in gated.state_dict() if ".g_proj." not in key} == set(rmt.state_dict())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+def test_full_retention_is_the_formula(dtype, tolerance):
+    query, key, value = (torch.randn(2, 5, 4, 3, 8).to(dtype) for _ in range(3))
+    log_decay = (-0.3, -0.1, -0.01)
+    output = full_retention(query, key, value, log_decay)
+    assert output.dtype == dtype
+    q, k, v = (x.double().flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    angle = torch.arange(20, dtype=torch.float64)[:, None] * 10000.0 ** -torch.linspace(0, 1, 4, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    q, k = (torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2) for x in (q, k))
+    rows, columns = torch.arange(20) // 4, torch.arange(20) % 4
+    steps = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
+    bias = torch.tensor(log_decay, dtype=torch.float64)[:, None, None] * steps
+    expected = ((q @ k.transpose(-1, -2) * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).unflatten(1, (5, 4))
+    assert (output.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_full_retention_needs_a_decay_a_head():
+    with pytest.raises(ValueError, match="log_decay has 2 entries; query has 3 heads"):
+        full_retention(*torch.randn(3, 1, 2, 2, 3, 8), (-0.1, -0.2))
