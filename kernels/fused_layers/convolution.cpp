@@ -41,31 +41,39 @@ template <typename T> struct Convolution {
         if (bias) biases = by_lanes(static_cast<const T*>(bias), shape.channels, 1);
     }
 
-    // Calls f(i, how many rows from row i on to make at once) for this thread's rows.
+    // Calls f(i, how many rows from row i on to make at once) for this thread's rows: several only where they and what they
+    // are made of fit in the core's own cache.
     template <typename F> void over_rows(F&& f) const {
+        constexpr int64_t CACHE_BYTES = 384 << 10;
+        const bool fit = (shape.kernel - 1 + 2 * MOST_ROWS) * row_size * int64_t(sizeof(T)) <= CACHE_BYTES;
         const Range range = share(shape.rows());
         for (int64_t i = range.begin, count; i < range.end; i += count) {
-            count = std::min({int64_t(MOST_ROWS), range.end - i, shape.height - i % shape.height});
+            count = std::min({int64_t(fit ? MOST_ROWS : 1), range.end - i, shape.height - i % shape.height});
             f(i, count);
         }
     }
-    // `count` rows of the convolution of the rows under their windows.
-    void convolve(const T* const* under, int64_t stride, const Target<T>* targets, int64_t count) const {
-        apply(under, stride, taps, biases.empty() ? nullptr : biases.data(), targets, count);
+    // `count` rows of the convolution of the rows under their windows, after `activation` where it is not null.
+    void convolve(
+        const T* const* under, int64_t stride, Activation<T> activation, const Target<T>* targets, int64_t count
+    ) const {
+        apply(under, stride, taps, biases.empty() ? nullptr : biases.data(), activation, targets, count);
     }
     // The same of its transpose: from gradients of the result to those of the input.
     void transpose(const T* const* under, int64_t stride, const Target<T>* targets, int64_t count) const {
-        apply(under, stride, flipped, nullptr, targets, count);
+        apply(under, stride, flipped, nullptr, nullptr, targets, count);
     }
     // Adds to products [window][lanes] those of a row and the rows under its window.
     void correlate(const T* const* under, int64_t stride, Row<T> centre, const T* ahead, T* products) const {
         const Neighbours<T> near = neighbours(under, stride);
         for (int64_t x = 0; x < shape.width; x += tile.size) tile.correlate(near, x, centre, ahead, products);
     }
-    // Replaces the vectors v of a row by f(v, pixel, channel).
-    template <typename F> INLINE void change(T* row, F&& f) const {
+    // Multiplies a row by another.
+    void multiply(T* row, Row<T> factor) const {
         for (int64_t x = 0; x < shape.width; x++)
-            for (int64_t c = 0; c < lanes; c += LANES<T>) store(row + x * lanes + c, f(load(row + x * lanes + c), x, c));
+            for (int64_t c = 0; c < lanes; c += LANES<T>) {
+                T* at = row + x * lanes + c;
+                store(at, load(at) * load(factor.pixels + x * factor.stride + c));
+            }
     }
 
   private:
@@ -73,12 +81,16 @@ template <typename T> struct Convolution {
         return {rows, stride, shape.width, lanes, shape.kernel, zeros.data()};
     }
     void apply(
-        const T* const* under, int64_t stride, const std::vector<T>& its_taps, const T* bias, const Target<T>* targets,
-        int64_t count
+        const T* const* under, int64_t stride, const std::vector<T>& its_taps, const T* bias, Activation<T> activation,
+        const Target<T>* targets, int64_t count
     ) const {
-        const Neighbours<T> near = neighbours(under, stride);
-        const auto one_tile = count == 1 ? tile.convolve : tile.convolve_rows;
-        for (int64_t x = 0; x < shape.width; x += tile.size) one_tile(near, x, its_taps.data(), bias, targets);
+        const bool together = count == MOST_ROWS && tile.convolve_rows;
+        for (int64_t x = 0; x < shape.width; x += tile.size)
+            if (together)
+                tile.convolve_rows(neighbours(under, stride), x, its_taps.data(), bias, activation, targets);
+            else
+                for (int64_t r = 0; r < count; r++)
+                    tile.convolve(neighbours(under + r, stride), x, its_taps.data(), bias, activation, targets + r);
     }
 };
 
@@ -122,31 +134,30 @@ template <typename T> struct Centre {
     const T* ahead = nullptr;
 };
 
-template <typename T> Row<T> no_row(int64_t, int64_t) { return {}; }
-template <typename T> void unchanged(T*, int64_t) {}
+template <typename T> void unchanged(T*) {}
 
-// A thread's part of a forward pass from the Window `inputs`. added(i, r) is what to add to row i, the r-th of those made at
-// once; finish(row, i) changes row i before it is written. `room` is for MOST_ROWS rows.
-template <typename T, typename Inputs, typename Added, typename Finish>
-void forward_rows(const Convolution<T>& layer, Inputs& inputs, Added&& added, const Map<T>& out, T* room, Finish&& finish) {
+// A thread's part of a forward pass from the Window `inputs`. added(i, r) is what to add, after the activation, to row i,
+// the r-th of those made at once. `room` is for MOST_ROWS rows.
+template <typename T, typename Inputs, typename Added>
+void forward_rows(
+    const Convolution<T>& layer, Inputs& inputs, Added&& added, Activation<T> activation, const Map<T>& out, T* room
+) {
     layer.over_rows([&](int64_t i, int64_t count) {
         const T* const* under = inputs.around(i, count);
         Target<T> targets[MOST_ROWS];
         for (int64_t r = 0; r < count; r++)
             targets[r] = {out.target(i + r, room + r * layer.row_size), added(i + r, r), inputs.ahead(i + r, count)};
-        layer.convolve(under, inputs.stride(), targets, count);
-        for (int64_t r = 0; r < count; r++) {
-            finish(targets[r].row, i + r);
-            out.finish(i + r, targets[r].row);
-        }
+        layer.convolve(under, inputs.stride(), activation, targets, count);
+        for (int64_t r = 0; r < count; r++) out.finish(i + r, targets[r].row);
     });
 }
 
 // A thread's part of a backward pass from `before`, the Window of the gradients of the convolution, to the gradient of its
-// input, row i of which is {centre(i), what to fetch meanwhile}; the rest as in forward_rows.
-template <typename T, typename Before, typename Added, typename Centre, typename Finish>
+// input, of which centre(i) gives row i. finish(row) changes a row of the gradient before it is written; the rest as in
+// forward_rows.
+template <typename T, typename Before, typename Added, typename CentreOf, typename Finish>
 void backward_rows(
-    const Convolution<T>& layer, Before& before, Added&& added, Centre&& centre, const Map<T>& grad_x, T* room,
+    const Convolution<T>& layer, Before& before, Added&& added, CentreOf&& centre, const Map<T>& grad_x, T* room,
     WeightGradients<T>& gradients, Finish&& finish
 ) {
     layer.over_rows([&](int64_t i, int64_t count) {
@@ -159,7 +170,7 @@ void backward_rows(
             const auto [row, ahead] = centre(i + r);
             layer.correlate(under + r, before.stride(), row, ahead, gradients.products());
             gradients.add_pixels(before.row(i + r));
-            finish(targets[r].row, i + r);
+            finish(targets[r].row);
             grad_x.finish(i + r, targets[r].row);
         }
     });
@@ -178,15 +189,7 @@ void forward(
         const auto addend = [&](int64_t i, int64_t r) {
             return residual.empty() ? Row<T>{} : Row<T>{residual.row(i, added_room + r * size), residual.stride()};
         };
-        if (activate)
-            forward_rows(layer, inputs, no_row<T>, out, out_room, [&](T* row, int64_t i) {
-                const Row<T> added = addend(i, 0);
-                layer.change(row, [&](Vector<T> v, int64_t pixel, int64_t c) {
-                    return added.pixels ? silu<T>(v) + load(added.pixels + pixel * added.stride + c) : silu<T>(v);
-                });
-            });
-        else
-            forward_rows(layer, inputs, addend, out, out_room, unchanged<T>);
+        forward_rows<T>(layer, inputs, addend, activate ? silu_all<T> : nullptr, out, out_room);
     }
 }
 
@@ -208,12 +211,9 @@ void backward(
             Window inputs(layer.shape, x_room, size, x);
             // The gradient before the activation: grad * silu'(the convolution, computed again).
             Window before(layer.shape, room, size, computed<T>(layer.lanes, [&](int64_t i, T* to) {
-                const T* after = grad.row(i, row_room);
-                const Target<T> target{to};
-                layer.convolve(inputs.around(i, 1), inputs.stride(), &target, 1);
-                layer.change(to, [&](Vector<T> v, int64_t pixel, int64_t c) {
-                    return silu_slope<T>(v) * load(after + pixel * grad.stride() + c);
-                });
+                const Target<T> target{to, {}, inputs.ahead(i, 1)};
+                layer.convolve(inputs.around(i, 1), inputs.stride(), silu_slope_all<T>, &target, 1);
+                layer.multiply(to, {grad.row(i, row_room), grad.stride()});
             }));
             const auto centre = [&](int64_t i) { return Centre<T>{inputs.row(i)}; };
             backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, unchanged<T>);
@@ -236,7 +236,7 @@ template <typename T> void gelu_forward(const Convolution<T>& layer, const Map<T
             x.each(i, [&](int64_t at, Vector<T> v) { store(to + at, v * normal_distribution(v)); });
         }));
         const auto addend = [&](int64_t i, int64_t) { return inputs.row(i); };
-        forward_rows(layer, inputs, addend, out, room + layer.ring_size, unchanged<T>);
+        forward_rows<T>(layer, inputs, addend, nullptr, out, room + layer.ring_size);
     }
 }
 
@@ -260,10 +260,8 @@ void gelu_backward(
             });
             return Centre<T>{{h_room, layer.lanes}, x.worth_fetching(i + 1)};
         };
-        backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, [&](T* row, int64_t) {
-            layer.change(row, [&](Vector<T> v, int64_t pixel, int64_t c) {
-                return v * load(slope_room + pixel * layer.lanes + c);
-            });
+        backward_rows(layer, before, addend, centre, grad_x, out_room, gradients, [&](T* row) {
+            layer.multiply(row, {slope_room, layer.lanes});
         });
     }
 }
@@ -280,24 +278,24 @@ template <typename F> void with_arithmetic(int32_t dtype, F&& f) {
 
 // Maps [batch, height, width, channels] have evenly spaced pixels, those written are contiguous; weight
 // [channels][kernel * kernel], bias and their gradients are contiguous, of the arithmetic's type; bias and the data of the
-// residual may be null.
+// residual may be null. `add_input`: the input is the residual too.
 
 extern "C" void depthwise_convolution_forward(
     Tensor x, Tensor residual, Tensor out, const void* weight, const void* bias, int64_t batch, int64_t height, int64_t width,
-    int64_t channels, int64_t kernel, int activate, int, int threads
+    int64_t channels, int64_t kernel, int activate, int add_input, int threads
 ) {
     with_arithmetic(x.dtype, [&](auto t) {
         using T = decltype(t);
         const Shape shape{batch, height, width, channels, kernel};
         const Convolution<T> layer(shape, weight, bias, true, false);
-        forward(layer, Map<T>(x, shape), Map<T>(residual, shape), activate, Map<T>(out, shape), threads);
+        const Map<T> added(add_input ? x : residual, shape);
+        forward(layer, Map<T>(x, shape), added, activate, Map<T>(out, shape), threads);
     });
 }
 
-// `add_input`: the input was the residual too.
 extern "C" void depthwise_convolution_backward(
-    Tensor grad, Tensor x, Tensor grad_x, const void* weight, const void* bias, void* grad_weight, void* grad_bias, int64_t batch,
-    int64_t height, int64_t width, int64_t channels, int64_t kernel, int activate, int add_input, int threads
+    Tensor grad, Tensor x, Tensor grad_x, const void* weight, const void* bias, void* grad_weight, void* grad_bias,
+    int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t kernel, int activate, int add_input, int threads
 ) {
     with_arithmetic(x.dtype, [&](auto t) {
         using T = decltype(t);

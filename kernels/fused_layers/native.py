@@ -186,10 +186,10 @@ def depthwise_convolution(
     out = torch.empty(x.shape, dtype=dtype if dtype in DTYPE_CODES else torch.float32)
     if out.numel():
         read = _in_memory_of(wide, x)
-        added = read if add_input else None if residual is None else _in_memory_of(wide, residual)
+        added = None if residual is None else _in_memory_of(wide, residual)
         weights = (_weight(weight, wide), None if bias is None else _weight(bias, wide))
         sizes = (*x.shape, weight.shape[-1])
-        _run("depthwise_convolution_forward", weights, (), *sizes, activate, False, maps=(read, added, out))
+        _run("depthwise_convolution_forward", weights, (), *sizes, activate, add_input, maps=(read, added, out))
     return out.to(dtype)
 
 

@@ -24,6 +24,15 @@ template <typename T> struct Neighbours {
     const T* zeros;  // [lanes]: a pixel outside of the map
 };
 
+// Replaces `count` vectors by an activation of them.
+template <typename T> using Activation = void (*)(Vector<T>* vectors, int count);
+template <typename T> void silu_all(Vector<T>* vectors, int count) {
+    for (int i = 0; i < count; i++) vectors[i] = silu<T>(vectors[i]);
+}
+template <typename T> void silu_slope_all(Vector<T>* vectors, int count) {
+    for (int i = 0; i < count; i++) vectors[i] = silu_slope<T>(vectors[i]);
+}
+
 // A row of outputs, `lanes` a pixel, what is added to it, and a row of inputs to be fetched into the cache for the tiles
 // that follow, or null.
 template <typename T> struct Target {
@@ -140,11 +149,28 @@ template <typename T, int K, int P, int R, typename F> INLINE void over_tile(con
     f([=](int64_t k) ALWAYS { return BorderInputs<T>{of_rows + k * inputs}; }, int(std::min<int64_t>(P, near.width - first)));
 }
 
-// Pixels `first` .. `first + P - 1` (those on the map) of R rows of the convolution, plus `bias` where it is not null.
-// taps [kernel * kernel][lanes].
+// Writes the tile's `sums` of one vector of channels, plus what is added to them.
+template <typename T, int P, int R>
+INLINE void write_sums(
+    const Vector<T> (*sums)[P], T* const* rows, int64_t lanes, const Row<T>* added, int64_t first, int64_t c, int count
+) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r++) {
+        T* to = rows[r] + first * lanes + c;
+        const T* from = added[r].pixels ? added[r].pixels + first * added[r].stride + c : nullptr;
+        over_outputs<P>([&](int p) ALWAYS {
+            if (p < count) store(to + p * lanes, from ? sums[r][p] + load(from + p * added[r].stride) : sums[r][p]);
+        });
+    }
+}
+
+// Pixels `first` .. `first + P - 1` (those on the map) of R rows: activation(convolution + bias) + what is added; null for no
+// activation, no bias. taps [kernel * kernel][lanes].
 template <typename T, int K, int P, int R>
-void convolve_tile(const Neighbours<T>& near, int64_t first, const T* taps, const T* bias, const Target<T>* targets) {
-    const int64_t kernel = K > 0 ? K : near.kernel, lanes = near.lanes, stride = near.stride;
+void convolve_tile(
+    const Neighbours<T>& near, int64_t first, const T* taps, const T* bias, Activation<T> activation, const Target<T>* targets
+) {
+    const int64_t kernel = K > 0 ? K : near.kernel, lanes = near.lanes, stride = near.stride, width = near.width;
     const T* const* rows = near.rows;
     T* out[R];
     const T* ahead[R];
@@ -164,16 +190,22 @@ void convolve_tile(const Neighbours<T>& near, int64_t first, const T* taps, cons
 #pragma GCC unroll 1
             for (int64_t k = R - 1; k < kernel; k++, at += row_of_taps)
                 if (rows[k]) add_row<T, K, P, R>(inputs_of(k), c, at, row_of_taps, lanes, kernel, sums);
-            if (R == 2 && rows[kernel]) add_row<T, K, P, 1>(inputs_of(kernel), c, at - row_of_taps, 0, lanes, kernel, sums + 1);
-#pragma GCC unroll 2
+            at -= row_of_taps;
+            if (R == 2 && rows[kernel]) add_row<T, K, P, 1>(inputs_of(kernel), c, at, 0, lanes, kernel, sums + 1);
+            if (activation) {
+                Vector<T> all[R][P];  // in memory, so that `sums` can be in registers
+                for (int r = 0; r < R; r++) over_outputs<P>([&](int p) ALWAYS { all[r][p] = sums[r][p]; });
+                activation(all[0], R * P);
+                write_sums<T, P, R>(all, out, lanes, added, first, c, count);
+            } else {
+                write_sums<T, P, R>(sums, out, lanes, added, first, c, count);
+            }
             for (int r = 0; r < R; r++) {
-                if (added[r].pixels) {
-                    const T* from = added[r].pixels + first * added[r].stride + c;
-                    over_outputs<P>([&](int p) ALWAYS { if (p < count) sums[r][p] += load(from + p * added[r].stride); });
-                }
-                T* to = out[r] + first * lanes + c;
-                over_outputs<P>([&](int p) ALWAYS { if (p < count) store(to + p * lanes, sums[r][p]); });
-                if (ahead[r]) over_outputs<P>([&](int p) ALWAYS { __builtin_prefetch(ahead[r] + (first + p) * stride + c); });
+                if (!ahead[r]) continue;
+                over_outputs<P>([&](int p) ALWAYS { __builtin_prefetch(ahead[r] + (first + p) * stride + c); });
+                if (!added[r].pixels) continue;
+                const T* next = added[r].pixels + (first + R * width) * added[r].stride + c;  // of the rows made next
+                over_outputs<P>([&](int p) ALWAYS { __builtin_prefetch(next + p * added[r].stride); });
             }
         }
     });
@@ -202,21 +234,30 @@ void correlate_tile(const Neighbours<T>& near, int64_t first, Row<T> centre, con
 }
 
 template <typename T> struct Tile {
-    void (*convolve)(const Neighbours<T>&, int64_t, const T*, const T*, const Target<T>*);
-    void (*convolve_rows)(const Neighbours<T>&, int64_t, const T*, const T*, const Target<T>*);  // MOST_ROWS at once
+    using Convolve = void (*)(const Neighbours<T>&, int64_t, const T*, const T*, Activation<T>, const Target<T>*);
+
+    Convolve convolve, convolve_rows;  // one row, or MOST_ROWS at once (null where that has no form)
     void (*correlate)(const Neighbours<T>&, int64_t, Row<T>, const T*, T*);
     int64_t size;
 };
 
 template <typename T, int K, int P>
 constexpr Tile<T> TILE{convolve_tile<T, K, P, 1>, convolve_tile<T, K, P, MOST_ROWS>, correlate_tile<T, K, P>, P};
+template <typename T> constexpr Tile<T> ANY_KERNEL{convolve_tile<T, 0, 7, 1>, nullptr, correlate_tile<T, 0, 7>, 7};
 
-// The tile that leaves less of a row's last tile unused: maps are often 7, 14, 28, ... or a power of two wide.
+// A tile that leaves little of a row's last tile unused: maps are often 7, 14, 28, ... or a power of two wide.
+template <typename T, int K> Tile<T> tile_for_width(int64_t width) {
+    if (width <= 2) return TILE<T, K, 2>;
+    if (width <= 4) return TILE<T, K, 4>;
+    return (width + 7) / 8 * 8 < (width + 6) / 7 * 7 ? TILE<T, K, 8> : TILE<T, K, 7>;
+}
+// Tiles of their own have the usual kernels in float; double, for checks, takes the general one and compiles sooner.
 template <typename T> Tile<T> tile_for(const Shape& shape) {
-    const bool eight = (shape.width + 7) / 8 * 8 < (shape.width + 6) / 7 * 7;
-    if (shape.kernel == 3) return eight ? TILE<T, 3, 8> : TILE<T, 3, 7>;
-    if (shape.kernel == 5) return eight ? TILE<T, 5, 8> : TILE<T, 5, 7>;
-    return eight ? TILE<T, 0, 8> : TILE<T, 0, 7>;
+    if constexpr (std::is_same_v<T, float>) {
+        if (shape.kernel == 3) return tile_for_width<T, 3>(shape.width);
+        if (shape.kernel == 5) return tile_for_width<T, 5>(shape.width);
+    }
+    return ANY_KERNEL<T>;
 }
 
 }  // namespace
