@@ -1,5 +1,6 @@
 """Every YAML of the suite is a valid configuration of its command line, and its header says how to run it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,14 @@ def test_every_run_of_a_comparison_is_valid(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_header_of_a_comparison_has_a_place_for_what_was_measured(path):
-    lines = path.read_text().splitlines()
-    [place] = [number for number, line in enumerate(lines) if line.startswith("# Measured")]
-    assert lines[place + 1].startswith("#   ")
+def test_header_of_a_comparison_holds_what_was_measured(path):
+    """Of every model on every dataset the mean and the spread."""
+    text = path.read_text()
+    settings = yaml.safe_load(text)
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    for model in settings["models"]:
+        [row] = [line for line in header if re.match(rf"#   {model}\s", line)]
+        assert len(re.findall(r"\d\d\.\d\d % \+- \d\.\d\d", row)) == len(settings["datasets"])
 
 
 @pytest.mark.parametrize("size", SIZES)
