@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.gated_scan.triton_kernels import (
@@ -44,6 +43,7 @@ from kernels.gated_scan.triton_kernels import (
     chunk_outputs_kernel,
     chunk_updates_kernel,
 )
+from kernels.gpu.triton import are_narrow, dot_operands, launch, refuse_float64, tile_size, with_strides
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tiles:
     warps: int
 
     def options(self, key_dim: int, value_dim: int) -> dict[str, int]:
-        tiles = {"BLOCK_K": _tile(key_dim, self.key), "BLOCK_V": _tile(value_dim, self.value)}
+        tiles = {"BLOCK_K": tile_size(key_dim, self.key), "BLOCK_V": tile_size(value_dim, self.value)}
         return {**tiles, "num_warps": self.warps, "num_stages": 1}
 
 
@@ -77,27 +77,6 @@ class Configuration:
 NARROW = Configuration(chunk=64, updates=Tiles(32, 64, 4), outputs=Tiles(32, 64, 8), gradients=Tiles(16, 64, 8))
 WIDE = Configuration(chunk=32, updates=Tiles(32, 64, 4), outputs=Tiles(32, 64, 4), gradients=Tiles(16, 16, 8))
 CARRY_BLOCK = 512  # state elements of one program of `carry_states_kernel`
-INTERPRETED = not isinstance(chunk_outputs_kernel, triton.JITFunction)
-
-
-def _tile(size: int, largest: int) -> int:
-    """A power of two, at least the 16 that tensor cores ask for."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
-
-
-def _dot_operands(*dtypes: torch.dtype) -> tuple[tl.dtype, str]:
-    """The type in which matrix products take their operands, and their `input_precision`, for inputs of `dtypes`."""
-    if INTERPRETED:  # its products of bfloat16 are wrong: it keeps them as integers
-        return tl.float32, "ieee"
-    if _are_narrow(*dtypes):
-        return tl.bfloat16, "ieee"
-    if triton.runtime.driver.active.get_current_target().backend == "hip":
-        return tl.float32, "ieee"
-    return tl.float32, "tf32x3" if torch.float32 in dtypes else "tf32"
-
-
-def _are_narrow(*dtypes: torch.dtype) -> bool:
-    return all(dtype == torch.bfloat16 for dtype in dtypes)
 
 
 def bidirectional_forward(
@@ -190,11 +169,7 @@ class _Scan:
         scale: float,
         logit_normalizer: float,
     ):
-        tensors = {"query": query, "key": key, "value": value}
-        tensors |= {"gate_forward": gate_forward, "gate_backward": gate_backward}
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.dtype == torch.float64:
-                raise ValueError(f"{name} is float64; the triton backend takes float32, bfloat16 and float16")
+        refuse_float64(query=query, key=key, value=value, gate_forward=gate_forward, gate_backward=gate_backward)
         self.query, self.key, self.value = query, key, value
         self.gate_forward, self.gate_backward = gate_forward, gate_backward
         self.scale, self.normalizer = scale, logit_normalizer
@@ -202,12 +177,12 @@ class _Scan:
         self.value_dim = value.shape[3]
         self.sequences = self.batch * self.heads
         dtypes = (query.dtype, key.dtype, value.dtype)
-        self.configuration = NARROW if _are_narrow(*dtypes) else WIDE
-        self.chunk = _tile(self.tokens, self.configuration.chunk)
+        self.configuration = NARROW if are_narrow(*dtypes) else WIDE
+        self.chunk = tile_size(self.tokens, self.configuration.chunk)
         self.chunks = triton.cdiv(self.tokens, self.chunk)
         self.directions = (gate_forward is not None) + (gate_backward is not None)
         self.empty = 0 in (*query.shape, *value.shape)
-        dot, precision = _dot_operands(*dtypes)
+        dot, precision = dot_operands(*dtypes)
         self.switches = {
             "FORWARD": gate_forward is not None,
             "BACKWARD": gate_backward is not None,
@@ -238,10 +213,11 @@ class _Scan:
         last = states.new_empty(outer_shape) if self.directions == 1 else None
         options = self.configuration.updates.options(self.key_dim, self.value_dim)
         tiles = triton.cdiv(self.key_dim, options["BLOCK_K"]) * triton.cdiv(self.value_dim, options["BLOCK_V"])
-        self._launch(
+        launch(
+            self.query,
             chunk_updates_kernel,
             self.chunks * tiles * self.sequences,
-            *_with_strides(token_side, value_side, self.gate_forward, self.gate_backward),
+            *with_strides(token_side, value_side, self.gate_forward, self.gate_backward),
             states,
             decays,
             *self._sizes(scale),
@@ -249,7 +225,8 @@ class _Scan:
             QUERIES=gradient,
         )
         blocks = triton.cdiv(self.key_dim * self.value_dim, CARRY_BLOCK)
-        self._launch(
+        launch(
+            self.query,
             carry_states_kernel,
             self.directions * self.sequences * blocks,
             *(states, decays, first, last, self.chunks, self.sequences),
@@ -277,10 +254,11 @@ class _Scan:
         if self.empty:
             return output.zero_()
         options = self.configuration.outputs.options(self.key_dim, self.value_dim)
-        self._launch(
+        launch(
+            self.query,
             chunk_outputs_kernel,
             self.chunks * triton.cdiv(self.value_dim, options["BLOCK_V"]) * self.sequences,
-            *_with_strides(self.query, self.key, value_side, self.gate_forward, self.gate_backward),
+            *with_strides(self.query, self.key, value_side, self.gate_forward, self.gate_backward),
             *(states, output),
             *self._sizes(self.scale),
             **self._constants(options),
@@ -299,10 +277,11 @@ class _Scan:
         if self.empty:
             return [None if gradient is None else gradient.zero_() for gradient in gradients]
         options = self.configuration.gradients.options(self.key_dim, self.value_dim)
-        self._launch(
+        launch(
+            self.query,
             chunk_gradients_kernel,
             self.chunks * triton.cdiv(self.key_dim, options["BLOCK_K"]) * self.sequences,
-            *_with_strides(self.query, self.key, self.value, self.gate_forward, self.gate_backward, grad_output),
+            *with_strides(self.query, self.key, self.value, self.gate_forward, self.gate_backward, grad_output),
             *(states, state_gradients, *gradients),
             *self._sizes(self.scale),
             **self._constants(options),
@@ -316,12 +295,3 @@ class _Scan:
 
     def _constants(self, options: dict[str, int]) -> dict[str, Any]:
         return {"KEY_DIM": self.key_dim, "VALUE_DIM": self.value_dim, "CHUNK": self.chunk, **self.switches, **options}
-
-    def _launch(self, kernel: triton.JITFunction, programs: int, *arguments: Any, **constants: Any) -> None:
-        with torch.cuda.device_of(self.query):
-            kernel[(programs,)](*arguments, **constants)
-
-
-def _with_strides(*tensors: Tensor | None) -> list[Any]:
-    """Each tensor followed by its strides."""
-    return [item for tensor in tensors for item in (tensor, (0, 0, 0, 0) if tensor is None else tensor.stride())]

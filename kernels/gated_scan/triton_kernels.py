@@ -9,6 +9,8 @@ there. They are plain sums, never differences of sums: <= 0, and exact beside a 
 import triton
 import triton.language as tl
 
+from kernels.gpu.triton import log_sigmoid
+
 
 @triton.jit
 def _place(chunks, tiles, heads, CHUNK: tl.constexpr):
@@ -50,11 +52,7 @@ def _log_decays(gate, strides, batch, head, tokens, keep, dims, dim_count, norma
     if not LOGITS:
         return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     logits = tl.load(pointers, mask=inside, other=float("inf")).to(tl.float32)
-    # log1p(x) = log(u) x / (u - 1) with u = 1 + x rounded (Kahan): the rounding of u cancels.
-    x = tl.exp(-tl.abs(logits))
-    u = 1.0 + x
-    log1p = tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
-    return (tl.minimum(logits, 0.0) - log1p) / normalizer
+    return log_sigmoid(logits) / normalizer
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""The Triton scan compiled ahead of time, for GPUs this machine need not have, exactly as it would be launched on them.
+"""The Triton kernels compiled ahead of time, for GPUs this machine need not have, exactly as they would be launched.
 
 The tests of the interpreter fix `TRITON_INTERPRET` before the kernels are decorated, so the compilation runs in a
-process of its own (`python tests/kernels/test_triton_compilation.py <target>`): it calls the scan with every launch
-replaced by Triton's own compilation of that launch, and prints what the compilers say about each kernel as JSON.
+process of its own (`python tests/kernels/test_triton_compilation.py <target>`): it calls the operations with every
+launch replaced by Triton's own compilation of that launch, and prints what the compilers say about each kernel as JSON.
 """
 
+import itertools
 import json
 import os
 import re
@@ -23,18 +24,58 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Shared memory of a block: NVIDIA's opt-in limits of compute capabilities 8.0 and 9.0, and the LDS of CDNA 3.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 MATRIX_INSTRUCTION = {"sm_80": r"mma\.sync", "sm_90": r"mma\.sync|wgmma\.mma_async", "gfx942": r"v_mfma"}
-DOT_KERNELS = {"chunk_updates_kernel", "chunk_outputs_kernel", "chunk_gradients_kernel"}
-HEAD_DIMS = {"ViG": (32, 64), "ViG-H": (16, 32)}  # key and value
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TOKENS = 196
+DOT_KERNELS = {
+    "chunk_updates_kernel", "chunk_outputs_kernel", "chunk_gradients_kernel",
+    "retention_outputs_kernel", "retention_gradients_kernel",
+}  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float32)
+SCAN_TOKENS = 196
+SCAN_DIMS = ((32, 64), (16, 32))  # key and value, of ViG and of ViG-H
+SOFTMAX = {"activation": "softmax"}
+SIGMOID = {"activation": "sigmoid", "slopes": (-0.5, 0.5, 0.25)}
+RETENTIONS = [  # window, options, dimensions (Gated-SwinRMT has 16 and 32), dtypes
+    ((7, 7), SOFTMAX, (16, 32), DTYPES),
+    ((8, 8), {**SIGMOID, "signed_slopes": True}, (32, 64), DTYPES),
+    ((7, 7), {**SIGMOID, "normalization": "sum"}, (32,), (torch.float32,)),
+    ((4, 2), {**SOFTMAX, "rotary": False}, (16,), (torch.bfloat16,)),
+]
 
 
-def compile_scans(target_name: str) -> list[dict]:
-    """Every kernel of both operations, forward and backward, at the sizes of ViG and in its training dtypes."""
+def launch_scans() -> None:
+    """Both scans, forward and backward, at the sizes of ViG and in its training dtypes."""
+    from kernels.gated_scan import triton as scan
+
+    for key_dim, value_dim in SCAN_DIMS:
+        for dtype in DTYPES:
+            q, k, gf, gb = (torch.empty(2, SCAN_TOKENS, 3, key_dim, dtype=dtype) for _ in range(4))
+            v, grad = (torch.empty(2, SCAN_TOKENS, 3, value_dim, dtype=dtype) for _ in range(2))
+            scan.bidirectional_forward(q, k, v, gf, gb, 1.0, 16.0)
+            scan.bidirectional_backward(grad, q, k, v, gf, gb, 1.0, 16.0)
+    # One direction shares the kernels: its switches are compiled at the last of the sizes.
+    state = torch.empty(2, 3, key_dim, value_dim)
+    scan.scan_forward(q, k, v, gf, state, 1.0, 0.0, True)
+    scan.scan_backward(grad, state, q, k, v, gf, state, 1.0, 0.0, True)
+
+
+def launch_retentions() -> None:
+    """Window retention, forward and backward, at the sizes of Gated-SwinRMT."""
+    from kernels.window_retention import triton as retention
+    from kernels.window_retention.arguments import Settings
+
+    usual = {"slopes": (), "normalization": "clamp", "signed_slopes": False, "rotary": True}
+    for window, options, dims, dtypes in RETENTIONS:
+        shift = tuple(length // 2 for length in window)
+        settings = Settings(log_decay=(-0.3, -0.2, -0.1), window=window, shift=shift, scale=0.25, **(usual | options))
+        for dim, dtype in itertools.product(dims, dtypes):
+            query, key, value, grad = (torch.empty(2, 56, 56, 3, dim, dtype=dtype) for _ in range(4))
+            retention.forward(query, key, value, settings)
+            retention.backward(grad, query, key, value, settings)
+
+
+def compile_launches(target_name: str) -> list[dict]:
+    """What the compilers say of every launch of all operations on the target."""
     import triton
     from triton.backends.compiler import GPUTarget
-
-    from kernels.gated_scan import triton as triton_scan
 
     target = GPUTarget("hip", target_name, 64) if "gfx" in target_name else GPUTarget("cuda", int(target_name[3:]), 32)
 
@@ -49,26 +90,17 @@ def compile_scans(target_name: str) -> list[dict]:
             return 0
 
     triton.runtime.driver.set_active(Driver())
+    run = triton.JITFunction.run
     reports = []
 
-    def compile_instead(self, kernel, programs, *arguments, **constants):
-        compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
-        key_dim, value_dim = constants["KEY_DIM"], constants["VALUE_DIM"]
-        label = f"{kernel.__name__}-K{key_dim}-V{value_dim}-{self.query.dtype}"
-        directions = "two" if self.directions == 2 else "one"
-        reports.append({"kernel": kernel.__name__, "label": f"{label}-{directions}", **describe(compiled, target_name)})
+    def compile_instead(kernel, *arguments, warmup, **options):
+        compiled = run(kernel, *arguments, warmup=True, **options)
+        label = f"{kernel.__name__} {arguments[0].dtype} {options}"
+        reports.append({"kernel": kernel.__name__, "label": label, **describe(compiled, target_name)})
 
-    triton_scan._Scan._launch = compile_instead
-    for key_dim, value_dim in HEAD_DIMS.values():
-        for dtype in DTYPES.values():
-            q, k, gf, gb = (torch.empty(2, TOKENS, 3, key_dim, dtype=dtype) for _ in range(4))
-            v, grad = (torch.empty(2, TOKENS, 3, value_dim, dtype=dtype) for _ in range(2))
-            triton_scan.bidirectional_forward(q, k, v, gf, gb, 1.0, 16.0)
-            triton_scan.bidirectional_backward(grad, q, k, v, gf, gb, 1.0, 16.0)
-    # One direction shares the kernels: its switches are compiled at the last of the sizes.
-    state = torch.empty(2, 3, key_dim, value_dim)
-    triton_scan.scan_forward(q, k, v, gf, state, 1.0, 0.0, True)
-    triton_scan.scan_backward(grad, state, q, k, v, gf, state, 1.0, 0.0, True)
+    triton.JITFunction.run = compile_instead
+    launch_scans()
+    launch_retentions()
     return reports
 
 
@@ -122,4 +154,4 @@ def test_kernels_fit_the_device(target_name):
 
 
 if __name__ == "__main__":
-    json.dump(compile_scans(sys.argv[1]), sys.stdout)
+    json.dump(compile_launches(sys.argv[1]), sys.stdout)

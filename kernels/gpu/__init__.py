@@ -1,0 +1,1 @@
+"""What the Triton backends of all operations share."""
