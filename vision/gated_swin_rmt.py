@@ -28,8 +28,8 @@ from kernels.fused_layers import gated_product
 from vision.retention_backbone import RetentionBackbone, check_names, check_stages
 from vision.retention_layers import RetentionMixer, WindowRetention, manhattan_log_decays
 from vision.rmt import ALL_STAGES, checkpoint_filter_fn, retention_cfg
+from vision.shipped_models import OPENMOJI, shipped_checkpoint
 from vision.timm_contract import create_backbone
-from vision.weight_sources import OPENMOJI, shipped_checkpoint
 
 register_notrace_function(gated_product)
 torch.fx.wrap("gated_product")

@@ -12,13 +12,6 @@ from kernels.recomputation import can_recompute
 from vision.gated_linear_attention import RECOMPUTE_FROM, ChannelsLastConv2d
 
 
-def as_pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name} is {size}; it must be a positive integer or a (height, width) pair of them")
-    return pair
-
-
 @torch.fx.wrap
 @register_notrace_function
 def check_images(images: Tensor, in_chans: int, smallest: int) -> Tensor:

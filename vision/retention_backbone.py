@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
-from timm.models import checkpoint_seq, register_notrace_function
+from timm.layers import SelectAdaptivePool2d
+from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
-from vision.patch_embedding import as_pair
+from vision.inference_fusion import fuse_for_inference
 from vision.retention_layers import ConvolutionStem, Downsample, RetentionBlock
-from vision.timm_contract import check_output_format, check_pooling
+from vision.timm_contract import Pyramid, check_output_format, check_pooling, draw_linear_layers
 
 DOWNSAMPLE = {"conv": Downsample, "merge": PatchMerging}
 
@@ -86,7 +85,7 @@ class Stage(nn.Module):
         return self.downsample(self.blocks(x))
 
 
-class RetentionBackbone(nn.Module):
+class RetentionBackbone(Pyramid):
     """A backbone of retention blocks.
 
     Args:
@@ -145,8 +144,6 @@ class RetentionBackbone(nn.Module):
         self.num_features = projection
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.grad_checkpointing = False
-        self.fused = False
 
         self.patch_embed = ConvolutionStem(in_chans, embed_dims[0], **dd)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in count())
@@ -172,27 +169,7 @@ class RetentionBackbone(nn.Module):
 
     def init_weights(self) -> None:
         """Draw every linear layer anew, as the authors' code does over all other initialisations."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Nothing is sized by the image, so its size is only checked.
-
-        Raises:
-            ValueError: an image size below 1, or a patch size, which the stem's strides fix at 4.
-        """
-        if img_size is not None:
-            as_pair("img_size", img_size)
-        if patch_size is not None and as_pair("patch_size", patch_size) != (4, 4):
-            raise ValueError(f"patch_size is {patch_size}; the stem's strides make it 4")
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
+        draw_linear_layers(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         fine = [
@@ -201,9 +178,6 @@ class RetentionBackbone(nn.Module):
             (r"^proj|^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), fine[-1]] if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -226,20 +200,11 @@ class RetentionBackbone(nn.Module):
             self.proj, self.norm = fuse_linear_bn_eval(self.proj, self.norm), nn.Identity()
         return fuse_for_inference(self)
 
-    def train(self, mode: bool = True) -> "RetentionBackbone":
-        refuse_training_when_fused(self, mode)
-        return super().train(mode)
-
     def stride_of_statistics(self) -> int:
         """Stride of the last map if a batch norm takes statistics of it in this mode, else 0."""
         norms = [self.norm, *(module for stage in self.layers[-2:-1] for module in stage.downsample.modules())]
         trains = any(isinstance(norm, nn.BatchNorm2d) and norm.training for norm in norms)
         return 4 * 2 ** (len(self.layers) - 1) if trains else 0
-
-    def run_blocks(self, stage: Stage, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint_seq(stage.blocks, x)
-        return stage.blocks(x)
 
     def project(self, x: Tensor) -> Tensor:
         """The last stage's map (B, H, W, C) to the map that is pooled, (B, H, W, projection)."""

@@ -31,10 +31,10 @@ from vision.gated_linear_attention import (
     RMSNorm,
 )
 from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
-from vision.patch_embedding import PatchEmbed, as_pair, position_for_grid, resize_position_embedding
-from vision.timm_contract import check_output_format, check_pooling, create_backbone
+from vision.patch_embedding import PatchEmbed, position_for_grid, resize_position_embedding
+from vision.shipped_models import OPENMOJI, shipped_checkpoint
+from vision.timm_contract import as_pair, check_output_format, check_pooling, create_backbone
 from vision.vig_checkpoints import checkpoint_filter_fn, published_vig
-from vision.weight_sources import OPENMOJI, shipped_checkpoint
 
 torch.fx.wrap("position_for_grid")  # a single node: it looks at shapes, which a symbolic trace does not have
 

@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import DropPath, SelectAdaptivePool2d
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -25,9 +25,9 @@ from vision.gated_linear_attention import (
     GatedLinearAttention,
     GatedMLP,
 )
-from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
-from vision.patch_embedding import as_pair, check_images
-from vision.timm_contract import check_output_format, check_pooling
+from vision.inference_fusion import fuse_for_inference
+from vision.patch_embedding import check_images
+from vision.timm_contract import Pyramid, check_output_format, check_pooling, draw_linear_layers
 from vision.vig import create_vig, vig_cfg
 from vision.vig_checkpoints import published_vig
 
@@ -100,7 +100,7 @@ class Stage(nn.Module):
         return self.downsample(self.blocks(x))
 
 
-class HierarchicalViG(nn.Module):
+class HierarchicalViG(Pyramid):
     """ViG-H.
 
     Args:
@@ -144,8 +144,6 @@ class HierarchicalViG(nn.Module):
         self.num_features = dims[-1]
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.grad_checkpointing = False
-        self.fused = False
 
         half = dims[0] // 2
         stem = [
@@ -166,30 +164,7 @@ class HierarchicalViG(nn.Module):
         ]
         self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(self.num_features, **dd), "head": nn.Identity()})
         self.reset_classifier(num_classes, global_pool)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Nothing depends on the image size, so it is only checked.
-
-        Raises:
-            ValueError: an image size below 1, or a patch size, which the stem's strides fix at 4.
-        """
-        if img_size is not None:
-            as_pair("img_size", img_size)
-        if patch_size is not None and as_pair("patch_size", patch_size) != (4, 4):
-            raise ValueError(f"patch_size is {patch_size}; the stem's strides make it 4")
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
+        draw_linear_layers(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         fine = [
@@ -198,9 +173,6 @@ class HierarchicalViG(nn.Module):
             (r"^classifier\.norm", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), fine[-1]] if coarse else fine}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.classifier["head"]
@@ -221,19 +193,10 @@ class HierarchicalViG(nn.Module):
         """Merge the projections of every mixer into one product, for inference only; see `fuse_for_inference`."""
         return fuse_for_inference(self)
 
-    def train(self, mode: bool = True) -> "HierarchicalViG":
-        refuse_training_when_fused(self, mode)
-        return super().train(mode)
-
     def embed(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) images to the first stage's (B, ceil(H / 4), ceil(W / 4), C)."""
         images = check_images(images, self.in_chans, 1)
         return self.patch_embed(images.permute(0, 2, 3, 1).contiguous())
-
-    def run_blocks(self, stage: Stage, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint_seq(stage.blocks, x)
-        return stage.blocks(x)
 
     def forward_intermediates(
         self,

@@ -11,33 +11,10 @@ from urllib.parse import urlparse
 import torch
 from timm.models import resolve_pretrained_cfg
 
-_SHIPPED = Path(__file__).parent / "checkpoints"
-# Entries of the pretrained cfg of models trained on the categories of OpenMoji (pictures CC BY-SA 4.0, openmoji.org).
-OPENMOJI = {
-    "num_classes": 9,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "label_names": (
-        "Smileys & Emotion",
-        "People & Body",
-        "Animals & Nature",
-        "Food & Drink",
-        "Travel & Places",
-        "Activities",
-        "Objects",
-        "Symbols",
-        "Flags",
-    ),
-}
 _DIGEST_NOTE = "sha256:"
 # timm's own order: an averaged model comes first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _WRAPPER_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
-
-
-def shipped_checkpoint(name: str) -> str:
-    """Path of a checkpoint that comes with the suite."""
-    return str(_SHIPPED / f"{name}.safetensors")
 
 
 def published_file(url: str, sha256: str) -> dict[str, Any]:
