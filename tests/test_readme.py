@@ -57,6 +57,10 @@ COMMANDS = {
     "python -m vision predict --checkpoint runs/vig_nano_mnist5k/0 docs/seven.png": AS_IT_STANDS,
     SHIPPED: AS_IT_STANDS,
     f"{SHIPPED} --output predictions.csv": AS_IT_STANDS,
+    "python -m vision fit --data Mnist5k --model.model gated_swin_rmt_nano_retention --trainer.max_epochs 8 "
+    "--experiment retention": ONE_EPOCH + "1",
+    "python -m vision fit --config configs/vision/gated_swin_rmt_medium_swat_mini_imagenet.yaml "
+    "--data.init_args.path data/mini_imagenet --data.init_args.counts '[480, 60, 60]'": SETTINGS,
     "python -m vision compare --config configs/vision/compare_retention.yaml": SETTINGS,
     "python -m vision explain docs/seven.png --model vig_nano_patch4_28.mnist5k --output explain.png": AS_IT_STANDS,
     "python -m vision fit --data ImageFolder --data.path pictures --data.image_size 56 "

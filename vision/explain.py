@@ -69,7 +69,7 @@ def explain(
         raise ValueError(f"output is {output!r}; its folder does not exist")
     file = Path(image)
     full = open_image(file, "L")
-    backbone = _load(model, untrained)
+    backbone, trained = _load(model, untrained)
     blocks_by_stage(backbone)  # refuses other models
     if image_size is not None:
         _resize_input(backbone, image_size)
@@ -89,7 +89,8 @@ def explain(
     patch = "patch at row {}, column {}".format(*insight.token)
     where = f"stage {insight.stage}, block {insight.block}, {patch} of {down} x {along}"
     no_gates = "" if insight.gates else ", no gates"
-    title = f"{model}: {where}{no_gates}\n{file.name}: {best[0][0]}, {100 * best[0][1]:.1f} %"
+    what = f"{best[0][0]}, {100 * best[0][1]:.1f} %" if trained else "random weights, nothing was learned"
+    title = f"{model}: {where}{no_gates}\n{file.name}: {what}"
     (top, bottom), (left, right) = _borders(rows), _borders(columns)
     extent = (left, right, bottom, top)
     figure = draw_insight(insight, _as_picture(classifier.transform, seen), title, extent)
@@ -153,26 +154,26 @@ def _as_picture(transform: Compose, seen: Tensor) -> np.ndarray:
     return picture[..., 0] if picture.shape[-1] == 1 else picture
 
 
-def _load(model: str, untrained: bool) -> nn.Module:
+def _load(model: str, untrained: bool) -> tuple[nn.Module, bool]:
     """A trained model, or one with random weights, the same in each process, if `model` is a name without trained ones
-    or `untrained` is set."""
+    or `untrained` is set; and whether it is trained."""
     if Path(model).exists():
         if untrained:
             raise ValueError(f"model is {model!r}, a file or folder; untrained is for timm names")
-        return load_model(model)
+        return load_model(model), True
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vision.")]
     trained = timm.is_model(model) and timm.models.is_model_pretrained(model)
     if model.partition(".")[0] not in own or not (trained or model in own):
         raise ValueError(f"model is {model!r}; valid are files, folders, {', '.join(own)} (or with a tag)")
     if trained and not untrained:
         try:
-            return load_model(model)
+            return load_model(model), True
         except ConnectionError as error:
             raise ValueError(f"{error}; or set untrained for random weights") from error
     print(f"{model} has random weights: what is shown was not learned", file=sys.stderr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(model)
+        return timm.create_model(model), False
 
 
 def _resize_input(backbone: nn.Module, image_size: int) -> None:

@@ -46,7 +46,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def check_window_size(window_size: int) -> None:
     if not isinstance(window_size, int) or window_size < 1:
-        raise ValueError(f"window_size is {window_size}; valid are whole numbers from 1 on")
+        raise ValueError(f"window_size is {window_size!r}; valid are whole numbers from 1 on")
 
 
 def swat_slopes(heads: int) -> tuple[float, ...]:
@@ -85,6 +85,7 @@ class GatedRetention(RetentionMixer):
         device=None,
         dtype=None,
     ):
+        check_choice("rope", rope, (True, False))
         check_choice("gate", gate, ("elementwise", "headwise", "none"))
         check_choice("gate_source", gate_source, ("normed", "residual"))
         check_choice("gate_init", gate_init, ("default", "open"))
@@ -154,6 +155,8 @@ class SwatRetention(RetentionMixer):
         device=None,
         dtype=None,
     ):
+        check_choice("rope", rope, (True, False))
+        check_choice("value_gate", value_gate, (True, False))
         check_choice("alibi", alibi, ("distance", "signed", "none"))
         check_choice("post_decay", post_decay, ("gamma", "alibi"))
         check_choice("swat_norm", swat_norm, ("clamp", "sum", "rmsnorm", "none"))
@@ -239,6 +242,7 @@ class GatedSwinRMT(RetentionBackbone):
         check_choice("mixer", mixer, tuple(MIXERS))
         check_stages(embed_dims=embed_dims, num_heads=num_heads, init_values=init_values, heads_ranges=heads_ranges)
         check_window_size(window_size)
+        check_choice("shifted", shifted, (True, False))
         given = {
             "rope": rope,
             "gate": gate,

@@ -1,6 +1,7 @@
 """What a comparison found: the standing of each model, as a table, in words, as CSV and as a plot."""
 
 import csv
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def print_standings(dataset: str, ranking: list[Standing], seeds: Sequence[int])
     header = ("rank", "model", "parameters", *(f"seed {seed}" for seed in seeds), "mean", "spread", "seconds")
     rows = [
         (
-            rank,
+            1 + sum(other.mean > standing.mean for other in ranking),  # ties share a rank
             standing.model,
             f"{standing.results[0].parameters:,}",
             *(f"{result.accuracy:.2%}" for result in standing.results),
@@ -67,7 +68,7 @@ def print_standings(dataset: str, ranking: list[Standing], seeds: Sequence[int])
             "-" if standing.spread is None else f"{standing.spread:.2%}",
             f"{standing.seconds:.0f}",
         )
-        for rank, standing in enumerate(ranking, 1)
+        for standing in ranking
     ]
     print_table(f"{dataset}: {first.stage} accuracy of {first.images} images", header, rows)
 
@@ -83,7 +84,7 @@ def verdict(ranking: list[Standing], expected_order: list[str] | None) -> list[s
     lines = []
     if expected_order is not None:
         as_expected = all(better.mean > worse.mean for better, worse in pairs)
-        outcome = "came out" if as_expected else f"did not come out; measured: {' > '.join(standing_of)}"
+        outcome = "came out" if as_expected else f"did not come out; measured: {_order(ranking)}"
         lines.append(f"The expected order {' > '.join(expected_order)} {outcome}.")
     for better, worse in pairs:
         difference = 100 * (better.mean - worse.mean)
@@ -95,6 +96,14 @@ def verdict(ranking: list[Standing], expected_order: list[str] | None) -> list[s
             comparison = f"{exceeds} the spread of such a difference, {spread:.2f}"
         lines.append(f"{better.model} against {worse.model}: {difference:+.2f} points, {comparison}.")
     return lines
+
+
+def _order(ranking: list[Standing]) -> str:
+    """The models in the order of a ranking, with > or, between equal means, = between them."""
+    said = ranking[0].model
+    for better, worse in itertools.pairwise(ranking):
+        said += f" {'=' if better.mean == worse.mean else '>'} {worse.model}"
+    return said
 
 
 def write_table(path: str, ranked: dict[str, list[Standing]], seeds: Sequence[int]) -> None:

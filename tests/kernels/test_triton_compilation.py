@@ -37,7 +37,7 @@ RETENTIONS = [  # window, options, dimensions (Gated-SwinRMT has 16 and 32), dty
     ((7, 7), SOFTMAX, (16, 32), DTYPES),
     ((8, 8), {**SIGMOID, "signed_slopes": True}, (32, 64), DTYPES),
     ((7, 7), {**SIGMOID, "normalization": "sum"}, (32,), (torch.float32,)),
-    ((4, 2), {**SOFTMAX, "rotary": False}, (16,), (torch.bfloat16,)),
+    ((4, 4), {**SIGMOID, "rotary": False}, (32,), DTYPES),
 ]
 
 

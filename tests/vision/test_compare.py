@@ -236,7 +236,7 @@ def standing(name, *accuracies):
             ],
         ),
         ({"A": (0.7,), "B": (0.6,)}, ["came out.", "A against B: +10.00 points, one seed shows no spread"]),
-        ({"A": (0.7,), "B": (0.7,)}, ["did not come out", "+0.00 points"]),
+        ({"A": (0.7,), "B": (0.7,)}, ["did not come out; measured: A = B.", "+0.00 points"]),
     ],
     ids=["as expected", "reversed, within the spread", "one seed", "a tie"],
 )

@@ -294,6 +294,8 @@ def test_bfloat16_autocast(family):
         ("retention", {"gate": "none", "gate_init": "open"}, "gate_init 'open', but gate is 'none'"),
         ("retention", {"window_size": 0}, "window_size is 0"),
         ("retention", {"window_size": 7.5}, "window_size is 7.5"),
+        ("swat", {"shifted": "False"}, "shifted is 'False'; valid are True, False"),
+        ("swat", {"rope": "no"}, "rope is 'no'; valid are True, False"),
         ("swat", {"alibi": "learned"}, "alibi is 'learned'; valid are 'distance', 'signed', 'none'"),
         ("swat", {"post_decay": "none"}, "post_decay is 'none'; valid are 'gamma', 'alibi'"),
         ("swat", {"swat_norm": "layer"}, "swat_norm is 'layer'; valid are 'clamp', 'sum', 'rmsnorm', 'none'"),
