@@ -1,7 +1,7 @@
 """Window retention on GPUs: one program for each head of each window, from loading to storing, in both directions.
 
 Rolling, padding and cutting are arithmetic on indices. The tokens of a window, its axes padded to powers of two, are
-loaded once, row by row, and turned column by column in registers between the passes. In either order the lines of a
+loaded row by row and turned column by column on the chip between the passes. In either order the lines of a
 pass lie one behind the other, so that blocks of 16 tokens hold whole lines (two of an 8 x 8 window's), and a pass is a
 batch of products of 16 x 16 matrices, one a block and warp. (All scores of a window in one 64 x 64 matrix, of which
 each pass masks all but its lines, would be four times the products and exponentials, and more registers than the
@@ -23,7 +23,7 @@ Floor, a prediction and not a measurement: nothing here has been timed or has ru
 of all heads together (as many of values), s bytes an element: 4 N C s bytes forward and 7 N C s backward. 64 maps of
 56 x 56 tokens, C = 96, bfloat16: 154 and 270 MB, 51 and 90 us at the 3.0 TB/s of an H100. Beside it are, forward, 3.2
 GFLOP on tensor cores (windows of 7 x 7 in 8 x 8, 6 heads) and the exponentials of 2 x 16 scores a token: 50 million,
-14 us at 16 a clock of each of 132 processors.
+14 us at 16 a clock of each of 132 processors at 1.7 GHz.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Tiles:
             "HEIGHT_BLOCK": max(BLOCK, rows),
             "BLOCK_D": tile_size(head_dim, self.head),
             "BLOCK_V": tile_size(value_dim, self.value),
-            "num_warps": rows * columns // BLOCK,
+            "num_warps": max(2, rows * columns // BLOCK),
             "num_stages": 1,
             **all_registers(),
         }
