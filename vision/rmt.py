@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
@@ -24,11 +23,10 @@ from kernels.full_retention import full_retention
 from kernels.window_retention import tables
 from vision.retention_backbone import RetentionBackbone, check_names, check_stages
 from vision.retention_layers import RetentionMixer, WindowRetention, manhattan_log_decays
-from vision.timm_contract import create_backbone
+from vision.timm_contract import create_backbone, imagenet_cfg
 from vision.weight_sources import unwrapped
 
 __all__ = ["RMT", "checkpoint_filter_fn"]
-
 
 register_notrace_function(full_retention)
 torch.fx.wrap("full_retention")
@@ -137,18 +135,8 @@ def _check_constant(name: str, value: Tensor, model: RetentionBackbone) -> None:
 
 
 def retention_cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
-        **kwargs,
-    }
+    own = {"pool_size": (7, 7), "first_conv": "patch_embed.proj.0", "classifier": "head"}
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 def _cfg() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
@@ -29,6 +30,19 @@ def check_pooling(global_pool: str) -> str:
 def check_output_format(output_fmt: str) -> None:
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt is {output_fmt!r}; valid are 'NCHW' and 'NHWC'")
+
+
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
+    """A timm pretrained cfg with ImageNet's classes and preprocessing, and what else is given."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **kwargs,
+    }
 
 
 def refuse_scripting() -> NoReturn:

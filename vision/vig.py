@@ -14,7 +14,6 @@ Source: ViG, arXiv 2405.18425, https://github.com/hustvl/ViG. The hierarchical f
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from timm.models import (
     checkpoint,
@@ -33,7 +32,7 @@ from vision.gated_linear_attention import (
 from vision.inference_fusion import fuse_for_inference, refuse_training_when_fused
 from vision.patch_embedding import PatchEmbed, position_for_grid, resize_position_embedding
 from vision.shipped_models import OPENMOJI, shipped_checkpoint
-from vision.timm_contract import as_pair, check_output_format, check_pooling, create_backbone
+from vision.timm_contract import as_pair, check_output_format, check_pooling, create_backbone, imagenet_cfg
 from vision.vig_checkpoints import checkpoint_filter_fn, published_vig
 
 torch.fx.wrap("position_for_grid")  # a single node: it looks at shapes, which a symbolic trace does not have
@@ -272,22 +271,16 @@ class ViG(nn.Module):
 
 
 def vig_cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+    own = {
         "pool_size": (14, 14),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj.0",
         "classifier": "head",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2405.18425",
         "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
         "origin_url": "https://github.com/hustvl/ViG",
-        **kwargs,
     }
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 def _small_cfg(checkpoint: str, **kwargs: Any) -> dict[str, Any]:

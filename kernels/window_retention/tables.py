@@ -9,31 +9,26 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-LARGEST_TILE = 64  # tokens of a window that the Triton kernel and the shared-score form hold at once
+LARGEST_TILE = 64  # tokens of a window that the Triton kernel holds at once
 _KEPT_BYTES = 64 << 20  # of constants in all; what is larger alone is built anew each time
 _kept: OrderedDict[Hashable, Tensor] = OrderedDict()  # the least recently used first
 _lock = Lock()
 
 
 def constant(key: tuple[Hashable, ...], build: Callable[[], Tensor], like: Tensor) -> Tensor:
-    """The tensor that `build` makes, on the device of `like` and, unless it is boolean, in its dtype; kept by `key`.
+    """The tensor that `build` makes, on the device and in the dtype of `like`; kept by `key`.
 
     A traced program must hold its own constants, and a fake tensor has no values: neither keeps or takes any.
     """
-
-    def built() -> Tensor:
-        made = build()
-        return made.to(like.device) if made.dtype == torch.bool else made.to(like)
-
     if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
-        return built()
+        return build().to(like)
     key = (*key, like.device, like.dtype)
     with _lock:
         if (tensor := _kept.get(key)) is not None:
             _kept.move_to_end(key)
             return tensor
     with torch.inference_mode(False), torch.no_grad():
-        tensor = built()
+        tensor = build().to(like)
     if tensor.nbytes > _KEPT_BYTES:
         return tensor
     with _lock:
