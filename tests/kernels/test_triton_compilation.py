@@ -27,8 +27,10 @@ MATRIX_INSTRUCTION = {"sm_80": r"mma\.sync", "sm_90": r"mma\.sync|wgmma\.mma_asy
 DOT_KERNELS = {
     "chunk_updates_kernel", "chunk_outputs_kernel", "chunk_gradients_kernel",
     "retention_outputs_kernel", "retention_gradients_kernel",
+    "linear_states_kernel", "linear_outputs_kernel", "linear_query_gradients_kernel", "linear_key_gradients_kernel",
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
+LINEAR_DIMS = (32, 64, 96)  # of a head: LINA trained on one CPU, and as it was published
 SCAN_TOKENS = 196
 SCAN_DIMS = ((32, 64), (16, 32))  # key and value, of ViG and of ViG-H
 SOFTMAX = {"activation": "softmax"}
@@ -72,6 +74,20 @@ def launch_retentions() -> None:
             retention.backward(grad, query, key, value, settings)
 
 
+def launch_linear_attentions() -> None:
+    """Linear attention, forward and backward, in the decoder of LINA (gates) and with subtraction."""
+    from kernels.linear_attention import triton as linear
+    from kernels.linear_attention.arguments import Settings
+
+    for dim, dtype, normalization in itertools.product(LINEAR_DIMS, DTYPES, ("division", "subtraction")):
+        settings = Settings("relu", normalization, 1e-6)
+        query, grad = (torch.empty(2, 640, 12, dim, dtype=dtype) for _ in range(2))
+        key, value = (torch.empty(2, 1280, 12, dim, dtype=dtype) for _ in range(2))
+        gates = [torch.empty(12, 1280) if normalization == "division" else None for _ in range(2)]
+        _, state, sums = linear.forward(query, key, value, *gates, settings)
+        linear.backward(grad, state, sums, query, key, value, *gates, settings)
+
+
 def compile_launches(target_name: str) -> list[dict]:
     """What the compilers say of every launch of all operations on the target."""
     import triton
@@ -101,6 +117,7 @@ def compile_launches(target_name: str) -> list[dict]:
     triton.JITFunction.run = compile_instead
     launch_scans()
     launch_retentions()
+    launch_linear_attentions()
     return reports
 
 

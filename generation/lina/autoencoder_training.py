@@ -1,0 +1,151 @@
+"""Training of the tiny autoencoder.
+
+    python -m generation.lina.autoencoder_training --output runs/lina_autoencoder
+
+trains it on captioned shapes in a few minutes on one CPU core, prints the quality on held-out pictures and writes a
+folder for `TinyAutoencoder.from_pretrained`.
+"""
+
+import math
+import time
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generation.lina.autoencoder import TinyAutoencoder
+from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
+from generation.lina.shape_checker import check
+
+
+class TinyAutoencoderTraining(pl.LightningModule):
+    """AdamW with a linear warm-up and a cosine; the loss is L1 + 2 MSE + `latent_penalty` times the mean of z squared.
+
+    When training ends, the latents are whitened over `whitening_batches` of the last batches.
+
+    Args:
+        autoencoder: what to train; a new one by default.
+        warmup_steps: of the learning rate.
+        latent_penalty: weight of the mean squared latent, before whitening; keeps latents from outgrowing their noise.
+        whitening_batches: batches, of training images, over which the latents' mean and variance are measured.
+    """
+
+    def __init__(
+        self,
+        autoencoder: TinyAutoencoder | None = None,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 100,
+        latent_penalty: float = 1e-3,
+        whitening_batches: int = 32,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("learning_rate", learning_rate, 0),
+            ("weight_decay", weight_decay, 0),
+            ("warmup_steps", warmup_steps, 0),
+            ("latent_penalty", latent_penalty, 0),
+            ("whitening_batches", whitening_batches, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it is at least {least}")
+        self.autoencoder = TinyAutoencoder() if autoencoder is None else autoencoder
+        self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.latent_penalty, self.whitening_batches = latent_penalty, whitening_batches
+        self._last_images: list[Tensor] = []
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        images = batch["image"]
+        latent_dist = self.autoencoder.encode(images).latent_dist
+        reconstruction = self.autoencoder.decode(latent_dist.sample()).sample
+        l1, mse = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images)
+        loss = l1 + 2 * mse + self.latent_penalty * latent_dist.mode().square().mean()
+        self.log("train/loss", loss)
+        self.log("train/mse", mse)
+        self._last_images = [*self._last_images, images][-self.whitening_batches :]
+        return loss
+
+    def validation_step(self, batch: dict, batch_index: int) -> None:
+        images = batch["image"]
+        psnr = peak_signal_to_noise(self.autoencoder(images), images)
+        self.log("validation/psnr", psnr.mean(), batch_size=len(images), sync_dist=True, prog_bar=True)
+
+    def on_train_end(self) -> None:
+        if self._last_images:
+            self.autoencoder.whiten(torch.cat(self._last_images))
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / (self.warmup_steps + 1)
+            progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def peak_signal_to_noise(images: Tensor, targets: Tensor) -> Tensor:
+    """In dB, of each image (B,), for values in [-1, 1]; images are clamped to that range first."""
+    mse = (images.clamp(-1, 1) - targets).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / mse)
+
+
+@torch.no_grad()
+def quality(autoencoder: TinyAutoencoder, count: int = 500) -> dict[str, float]:
+    """Mean PSNR in dB and the checker's scores of reconstructions of held-out single objects and pairs."""
+    scenes = [scene for level in ("single", "pairs") for scene in held_out_prompts(level, count)]
+    images = draw(scenes)
+    reconstructions = autoencoder(images)
+    scores = check(reconstructions, [scene.caption for scene in scenes]).summary()
+    return {"psnr": peak_signal_to_noise(reconstructions, images).mean().item(), **scores}
+
+
+def train_autoencoder(
+    output: str,
+    images: int = 160_000,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    threads: int = 1,
+    seed: int = 0,
+) -> None:
+    """Train a tiny autoencoder on captioned shapes and save it.
+
+    Args:
+        output: folder to write.
+        images: training images, all different.
+        batch_size: images of a step.
+        learning_rate: at its peak.
+        threads: of torch.
+        seed: of the weights, the noise and the pictures.
+    """
+    torch.set_num_threads(threads)
+    pl.seed_everything(seed)
+    module = TinyAutoencoderTraining(TinyAutoencoder().to(memory_format=torch.channels_last), learning_rate)
+    data = CaptionedShapes("pairs", batch_size=batch_size, images_per_epoch=images, seed=seed)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    started = time.monotonic()
+    trainer.fit(module, data)
+    print(f"trained on {images} images in {time.monotonic() - started:.0f} s")
+    autoencoder = module.autoencoder.eval().to(memory_format=torch.contiguous_format)
+    autoencoder.save_pretrained(output)
+    print({name: round(value, 4) for name, value in quality(autoencoder).items()})
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(train_autoencoder, as_positional=False)

@@ -1,0 +1,141 @@
+"""Training of LINA: `LinaTraining` holds the loss, the optimiser and the moving average of the weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from generation.lina.autoencoder import TinyAutoencoder
+from generation.lina.embeddings import patchify
+from generation.lina.text_encoder import WordTextEncoder
+from generation.lina.token_denoiser import FlowSchedule
+from generation.lina.transformer import LinaTransformer
+
+
+class LinaTraining(pl.LightningModule):
+    """Flow matching of masked tokens.
+
+    Batches are dictionaries: `image` `[B, 3, h, w]` in [-1, 1], and `caption`, B strings, or `features`, those of a
+    frozen text encoder, `[length_i, text_dim]` each, or `label`, `[B]`.
+
+    Args:
+        transformer: arguments of `LinaTransformer`.
+        autoencoder: folder of a trained `TinyAutoencoder`; it is frozen.
+        text_encoder: arguments of a `WordTextEncoder` trained along, None where batches hold features or labels.
+        learning_rate: of AdamW, reached after `warmup_steps`, kept for `flat` of the run, then on a cosine to 1 % of it.
+        betas: of AdamW.
+        weight_decay: of everything but the norms, as published.
+        warmup_steps: of a linear warm-up.
+        flat: share of the run before the rate falls.
+        ema_decay: of the moving average of the weights at its slowest; it is min(ema_decay, (1 + i) / (10 + i)).
+        loss_repeat: noises and times for each condition.
+        least_masked: share of tokens masked at least.
+        prompt_dropout: share of captions the model is not told.
+        shift: of the noise levels.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        transformer: dict[str, Any],
+        autoencoder: str,
+        text_encoder: dict[str, Any] | None = None,
+        learning_rate: float = 1.5e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.02,
+        warmup_steps: int = 200,
+        flat: float = 0.3,
+        ema_decay: float = 0.998,
+        loss_repeat: int = 2,
+        least_masked: float = 0.7,
+        prompt_dropout: float = 0.1,
+        shift: float = 1.0,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.transformer = LinaTransformer(**transformer)
+        self.text_encoder = None if text_encoder is None else WordTextEncoder(**text_encoder)
+        self.autoencoder = TinyAutoencoder.from_pretrained(autoencoder).requires_grad_(False).eval()
+        self.schedule = FlowSchedule(shift)
+        self.average = EMAModel(self._trained(), decay=ema_decay)
+
+    def _trained(self) -> list[nn.Parameter]:
+        networks = [self.transformer, *([] if self.text_encoder is None else [self.text_encoder])]
+        return [parameter for network in networks for parameter in network.parameters()]
+
+    def condition_of(self, batch: dict[str, Any]) -> Sequence[Tensor] | Tensor:
+        """What `LinaTransformer.embed_condition` takes, of all images."""
+        if "label" in batch:
+            return batch["label"]
+        return batch["features"] if self.text_encoder is None else self.text_encoder(batch["caption"])
+
+    def tokens_of(self, images: Tensor) -> Tensor:
+        """`[B, N, D]` latent tokens of `[B, 3, h, w]` images."""
+        with torch.no_grad():
+            latents = self.autoencoder.encode(images).latent_dist.mode() * self.autoencoder.config.scaling_factor
+        return patchify(latents, self.transformer.config.patch_size)
+
+    def loss(self, batch: dict[str, Any], dropout: float, generator: torch.Generator | None = None) -> Tensor:
+        tokens = self.tokens_of(batch["image"])
+        condition = self.condition_of(batch)
+        dropped = torch.rand(len(tokens), generator=generator) < dropout
+        nothing = self.transformer.unconditional(len(tokens))
+        if isinstance(condition, Tensor):
+            condition = torch.where(dropped.to(condition.device), nothing, condition)
+        else:
+            condition = [n if drop else c for n, c, drop in zip(nothing, condition, dropped, strict=True)]
+        settings = self.hparams
+        draw = self.transformer.draw(tokens, self.schedule, settings.loss_repeat, settings.least_masked, generator)
+        return self.transformer(tokens, condition, draw, self.schedule)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        loss = self.loss(batch, self.hparams.prompt_dropout)
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate")
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.average.step(self._trained())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # A fused optimiser would make Lightning refuse to clip.
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self._trained(), gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.hparams
+        norms = {id(p) for module in self.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+        trained = [parameter for parameter in self._trained() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) not in norms], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if id(p) in norms], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, settings.learning_rate, settings.betas, fused=True)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if step < settings.warmup_steps:
+                return (step + 1) / settings.warmup_steps
+            fallen = (step / total - settings.flat) / (1 - settings.flat)
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(max(fallen, 0.0), 1.0)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.average.load_state_dict(checkpoint["average"])
