@@ -27,7 +27,6 @@ from generation.lina.captioned_shapes import (
     KINDS,
     SQUARE_HALF_SIDE,
     TRIANGLE_CIRCUMRADIUS,
-    Description,
     coverage,
     describe,
 )
@@ -104,8 +103,19 @@ def check(images: Tensor, captions: Sequence[str]) -> Scores:
         raise ValueError("images hold NaN or infinity")
     descriptions = [describe(caption) for caption in captions]
     names, covered = segment(images.detach().float().cpu().clamp(-1, 1))
-    found = [_check_image(*one) for one in zip(names.numpy(), covered.numpy(), descriptions, strict=True)]
-    colour, shape, position = torch.tensor(found, dtype=torch.bool).view(-1, 3).unbind(1)
+    colour, pieces = [], []
+    for own_names, own_covered, description in zip(names.numpy(), covered.numpy(), descriptions, strict=True):
+        right, own_pieces = _check_colours(own_names, own_covered, [name for name, _ in description.objects])
+        colour.append(right)
+        pieces += own_pieces
+    kinds, centres = _kinds_and_centres(torch.from_numpy(np.array(pieces, np.float32)).view(-1, IMAGE_SIZE, IMAGE_SIZE))
+    shape, position = [], []
+    for description in descriptions:
+        count = len(description.objects)
+        shape.append(kinds[:count] == [kind for _, kind in description.objects])
+        position.append(None not in centres[:count] and _position_right(centres[:count], description.position))
+        kinds, centres = kinds[count:], centres[count:]
+    colour, shape, position = (torch.tensor(found, dtype=torch.bool) for found in (colour, shape, position))
     positioned = torch.tensor([one.position is not None for one in descriptions], dtype=torch.bool)
     pair = torch.tensor([len(one.objects) == 2 for one in descriptions], dtype=torch.bool)
     return Scores(colour, shape, position, positioned, pair)
@@ -130,25 +140,25 @@ def segment(images: Tensor) -> tuple[Tensor, Tensor]:
     return names, covered.permute(0, 3, 1, 2).contiguous()
 
 
-def _check_image(names: np.ndarray, covered: np.ndarray, description: Description) -> tuple[bool, bool, bool]:
-    """(colour, shape, position) of one image: `names` (32, 32) and `covered` (6, 32, 32) as `segment` gives them."""
-    wanted = [list(COLOURS).index(colour) for colour, _ in description.objects]
+def _check_colours(names: np.ndarray, covered: np.ndarray, colours: Sequence[str]) -> tuple[bool, list[np.ndarray]]:
+    """Whether an image has these colours and no others, and how much of each pixel (32, 32) each object covers.
+
+    Args:
+        names, covered: (32, 32) and (6, 32, 32), of one image, as `segment` gives them.
+    """
+    wanted = [list(COLOURS).index(colour) for colour in colours]
     own = np.take_along_axis(covered, names[None] % UNKNOWN, axis=0)[0]  # covered by the pixel's own colour
     counts = np.bincount(names[(own > COVERED) | (names == UNKNOWN)], minlength=UNKNOWN + 1)
-    foreign = [count for name, count in enumerate(counts) if name not in wanted]
-    colour_right, pieces = max(foreign) <= MOST_FOREIGN_PIXELS, []
+    right = np.delete(counts, wanted).max() <= MOST_FOREIGN_PIXELS
+    pieces = []
     for name in wanted:
         mask = ((names == name) & (covered[name] > COVERED)).astype(np.uint8)
         piece, share = _largest_piece(mask)
-        colour_right &= counts[name] >= LEAST_PIXELS and share >= LEAST_IN_ONE_PIECE
+        right &= counts[name] >= LEAST_PIXELS and share >= LEAST_IN_ONE_PIECE
         # The edge, where less than half of a pixel is covered, belongs to the object too.
         edge = cv2.dilate(piece, np.ones((3, 3), np.uint8)) * ((names == name) | (covered[name] < COVERED))
         pieces.append(covered[name] * edge)
-    if min(piece.sum() for piece in pieces) < 1:
-        return False, False, False
-    kinds = [_kind(piece) for piece in pieces]
-    shape_right = kinds == [kind for _, kind in description.objects]
-    return bool(colour_right), shape_right, _position_right([_centre(piece) for piece in pieces], description.position)
+    return bool(right), pieces
 
 
 def _largest_piece(mask: np.ndarray) -> tuple[np.ndarray, float]:
@@ -160,22 +170,23 @@ def _largest_piece(mask: np.ndarray) -> tuple[np.ndarray, float]:
     return (labels == 1 + areas.argmax()).astype(np.uint8), areas.max() / areas.sum()
 
 
-def _centre(piece: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the centroid in pixels from the top left corner."""
-    pixels = np.arange(IMAGE_SIZE) + 0.5
-    return float(piece.sum(0) @ pixels / piece.sum()), float(piece.sum(1) @ pixels / piece.sum())
+def _kinds_and_centres(pieces: Tensor) -> tuple[list[str | None], list[tuple[float, float] | None]]:
+    """Of pieces (P, 32, 32): the kind whose ideal drawing overlaps most, and the centroid (x, y) in pixels.
 
-
-def _kind(piece: np.ndarray) -> str | None:
-    """Kind whose ideal drawing overlaps most with the piece; None where even that overlap is small."""
-    area, (x, y) = piece.sum(), (torch.tensor([value], dtype=torch.float32) for value in _centre(piece))
-    overlaps = {}
+    The kind is None where even the best overlap is small, and both are None where the piece is empty.
+    """
+    area = pieces.sum((1, 2))
+    pixels = torch.arange(IMAGE_SIZE) + 0.5
+    x, y = (pieces.sum(axis) @ pixels / area.clamp_min(1) for axis in (1, 2))
+    overlaps = []
     for kind in KINDS:
-        radius = torch.tensor([(area / AREA_OF_RADIUS[kind]) ** 0.5], dtype=torch.float32)
-        ideal = coverage(kind, x, y, radius)[0].numpy()
-        overlaps[kind] = np.minimum(piece, ideal).sum() / np.maximum(piece, ideal).sum()
-    best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] >= LEAST_OVERLAP else None
+        ideal = coverage(kind, x, y, (area / AREA_OF_RADIUS[kind]).sqrt())
+        union = torch.maximum(pieces, ideal).sum((1, 2))
+        overlaps.append(torch.minimum(pieces, ideal).sum((1, 2)) / union.clamp_min(1))
+    best, index = torch.stack(overlaps).max(dim=0)
+    kinds = [KINDS[i] if overlap >= LEAST_OVERLAP else None for i, overlap in zip(index, best, strict=True)]
+    centres = [(i, j) if size >= 1 else None for i, j, size in zip(x.tolist(), y.tolist(), area, strict=True)]
+    return kinds, centres
 
 
 def _position_right(centres: Sequence[tuple[float, float]], position: str | None) -> bool:

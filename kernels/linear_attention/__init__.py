@@ -11,20 +11,20 @@ map phi, gates a_n of keys and b_n of values (1 where there are none) that depen
 Without a feature map phi(x) = x. Gates have any sign: under division a query whose denominator vanishes has no finite
 output. Without keys the output is zero.
 
-Gradients, given d_m, that of out_m. Let g_m = d_m / denominator and p_m = phi(q_m) . (S g_m) / denominator (division), or
-g_m = c d_m and p_m = g_m . t / N (subtraction). Then
+Gradients, given d_m, that of out_m. Let g_m = d_m / denominator and p_m = phi(q_m) . (S g_m) / denominator (division),
+or g_m = c d_m and p_m = g_m . t / N (subtraction). Then
 
     dphi(q_m) = S g_m - s p_m    dS = sum_m phi(q_m) g_m^T    ds = -sum_m phi(q_m) p_m
     dk'_n = dS v'_n + ds         dv'_n = dS^T k'_n + dt       da_n = phi(k_n) . dk'_n      db_n = v_n . dv'_n
 
-with dt = 0 (division) or (sum_m d_m - s^T dS) / N (subtraction), so that nothing but the inputs, S, s and t is kept. The
-derivative of relu at 0 is 0.
+with dt = 0 (division) or (sum_m d_m - s^T dS) / N (subtraction), so that nothing but the inputs, S, s and t is kept.
+The derivative of relu at 0 is 0.
 
-Sources: LINA, arXiv 2601.22630 (division with a gate of keys and values; the official code's mean over N and its
-eps are the same quotient); InLine attention, arXiv 2412.06590 (subtraction); linear attention, arXiv 2006.16236.
+Sources: LINA, arXiv 2601.22630 (division with a gate of keys and values; its official code divides both sums by N,
+which is the same quotient); InLine attention, arXiv 2412.06590 (subtraction); linear attention, arXiv 2006.16236.
 
-Files: `reference.py` is the definition, all pairs of tokens; `factored.py` is the `torch` backend; `native.cpp` is the CPU
-kernel and `triton.py` the GPU kernel; `operators.py` registers them with PyTorch.
+Files: `reference.py` is the definition, all pairs of tokens; `factored.py` is the `torch` backend; `native.cpp` is the
+CPU kernel and `triton.py` the GPU kernel; `operators.py` registers them with PyTorch.
 """
 
 from torch import Tensor

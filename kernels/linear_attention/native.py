@@ -55,7 +55,11 @@ def forward(
     inputs = {"query": query, "key": key, "value": value, "key_gate": key_gate, "value_gate": value_gate}
     wide = any(t is not None and t.dtype == torch.float64 for t in inputs.values())
     dtype = torch.float64 if wide else torch.float32
-    shapes = ((batch, queries, heads, value_dim), (batch, heads, head_dim, value_dim), (batch, heads, head_dim + value_dim))
+    shapes = (
+        (batch, queries, heads, value_dim),
+        (batch, heads, head_dim, value_dim),
+        (batch, heads, head_dim + value_dim),
+    )
     if 0 in (batch, queries, heads, key.shape[1], value_dim):
         output, *state = (torch.zeros(shape, dtype=dtype) for shape in shapes)
         return output.to(value.dtype), *state
@@ -76,7 +80,7 @@ def backward(
     value_gate: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and both gates, contiguous, in their dtypes; an empty one of a gate that is None."""
+    """Gradients of query, key, value and both gates in their dtypes; an empty one of a gate that is None."""
     gates = {"key_gate": key_gate, "value_gate": value_gate}
     given = [gate for gate in gates.values() if gate is not None]
     tensors = (query, key, value, *given)

@@ -49,21 +49,23 @@ class Tiles:
     value: int
     warps: int
 
-    def options(self, head_dim: int, value_dim: int) -> dict[str, int]:
+    def options(self, head_dim: int, value_dim: int, whole_head: bool) -> dict[str, int]:
+        """Launch options; the head dimension is one tile, padded, or goes by tiles too."""
+        largest = triton.next_power_of_2(head_dim) if whole_head else self.value
         return {
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
             "BLOCK_N": self.tokens,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_D": tile_size(head_dim, max(largest, 16)),
             "BLOCK_V": tile_size(value_dim, self.value),
-            "num_warps": self.warps,
-            "num_stages": 2,
+            "num_warps": self.warps if head_dim <= 64 or not whole_head else 2 * self.warps,
+            "num_stages": 1,
             **all_registers(),
         }
 
 
 # By the width of the products' operands. Operands of three TF32 products take twice the registers of a float32 tile.
-NARROW = Tiles(64, 64, 4)
+NARROW = Tiles(64, 32, 4)
 WIDE = Tiles(32, 32, 4)
 
 
@@ -163,7 +165,7 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """State and sums of `linear_states_kernel` over all tokens of x and y."""
     (batch, count, heads, head_dim), value_dim = x.shape, y.shape[3]
-    options, products = _options(x, y)
+    options, products = _options(x, y, whole_head=True)
     tiles = triton.cdiv(value_dim, options["BLOCK_V"])
     blocks = triton.cdiv(count, options["BLOCK_N"])
     splits = min(triton.cdiv(count, TOKENS_OF_A_SPLIT), ENOUGH_PROGRAMS // max(batch * heads * tiles, 1))
@@ -193,13 +195,12 @@ def _states(
     return (states[0], sums[0]) if splits == 1 else (states.sum(0), sums.sum(0))
 
 
-def _options(*tensors: Tensor) -> tuple[dict, dict]:
-    """Tiles of tensors of (head dimension, value dimension), and the operands of their products."""
-    dtypes = [x.dtype for x in tensors]
-    dot, precision = dot_operands(*dtypes)
-    tiles = NARROW if are_narrow(*dtypes) else WIDE
-    head_dim, value_dim = (x.shape[3] for x in (tensors[0], tensors[-1]))
-    return tiles.options(head_dim, value_dim), {"DOT": dot, "PRECISION": precision}
+def _options(keyed: Tensor, valued: Tensor, whole_head: bool) -> tuple[dict, dict]:
+    """Launch options for a tensor of each width, and the operands of their products."""
+    dot, precision = dot_operands(keyed.dtype, valued.dtype)
+    tiles = NARROW if are_narrow(keyed.dtype, valued.dtype) else WIDE
+    options = tiles.options(keyed.shape[3], valued.shape[3], whole_head)
+    return options, {"DOT": dot, "PRECISION": precision}
 
 
 def _over_blocks(
@@ -207,7 +208,7 @@ def _over_blocks(
 ) -> None:
     """Run one program of `kernel` for each block of the tokens of `blocked`, queries or keys."""
     batch, count, heads, head_dim = blocked.shape
-    options, products = _options(blocked, value)
+    options, products = _options(blocked, value, whole_head=kernel is linear_query_gradients_kernel)
     numbers = (heads, count)
     if kernel is not linear_key_gradients_kernel:
         keys = key.shape[1]

@@ -113,19 +113,26 @@ def linear_outputs_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, RELU: tl.constexpr, DIVIDES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a block of queries reads of the state."""
+    """What a block of queries reads of the state. D is a tile of the head dimension here."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(count, BLOCK_N)
     head = program // blocks
     tokens = (program % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
-    phi = _load(query, query_strides, head, heads, tokens, count, dims, HEAD_DIM)
-    phi = _features(phi, dims, HEAD_DIM, floor, RELU)
-    total = tl.sum(phi * _load_sums(sums, head, 0, dims, HEAD_DIM, HEAD_DIM, VALUE_DIM)[None, :], 1)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for first_dim in range(0, HEAD_DIM, BLOCK_D):
+        dims = first_dim + tl.arange(0, BLOCK_D)
+        phi = _load(query, query_strides, head, heads, tokens, count, dims, HEAD_DIM)
+        phi = _features(phi, dims, HEAD_DIM, floor, RELU)
+        total += tl.sum(phi * _load_sums(sums, head, 0, dims, HEAD_DIM, HEAD_DIM, VALUE_DIM)[None, :], 1)
     for first in range(0, VALUE_DIM, BLOCK_V):
         values = first + tl.arange(0, BLOCK_V)
-        tile = _load_state(state, head, dims, values, HEAD_DIM, VALUE_DIM)  # [D, V]
-        read = tl.dot(phi.to(DOT), tile.to(DOT), input_precision=PRECISION)
+        read = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for first_dim in range(0, HEAD_DIM, BLOCK_D):
+            dims = first_dim + tl.arange(0, BLOCK_D)
+            phi = _load(query, query_strides, head, heads, tokens, count, dims, HEAD_DIM)
+            phi = _features(phi, dims, HEAD_DIM, floor, RELU).to(DOT)
+            tile = _load_state(state, head, dims, values, HEAD_DIM, VALUE_DIM).to(DOT)  # [D, V]
+            read += tl.dot(phi, tile, input_precision=PRECISION)
         if DIVIDES:
             read /= (total + keys * eps)[:, None]
         else:
@@ -180,34 +187,49 @@ def linear_key_gradients_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, RELU: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys, values and gates, (batch, heads, keys) each, from those of the state and sums."""
+    """Gradients of a block of keys, values and gates, (batch, heads, keys) each, from those of the state and sums.
+
+    D is a tile of the head dimension here.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(count, BLOCK_N)
     head = program // blocks
     tokens = (program % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
     key_factor = _factors(key_gate, key_gate_strides, head, heads, tokens, count)[:, None]
     value_factor = _factors(value_gate, value_gate_strides, head, heads, tokens, count)[:, None]
-    x = _load(key, key_strides, head, heads, tokens, count, dims, HEAD_DIM)
-    gated = (_features(x, dims, HEAD_DIM, floor, RELU) * key_factor).to(DOT)
-    d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    d_value_gate = tl.zeros([BLOCK_N], tl.float32)
+
+    of_gate = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, VALUE_DIM, BLOCK_V):
         values = first + tl.arange(0, BLOCK_V)
-        v = _load(value, value_strides, head, heads, tokens, count, values, VALUE_DIM)  # [N, V]
-        tile = _load_state(state_gradient, head, dims, values, HEAD_DIM, VALUE_DIM).to(DOT)  # [D, V]
-        d_key += tl.dot((v * value_factor).to(DOT), tl.trans(tile), input_precision=PRECISION)
-        d_value = tl.dot(gated, tile, input_precision=PRECISION)
-        d_value += _load_sums(sum_gradients, head, HEAD_DIM, values, VALUE_DIM, HEAD_DIM, VALUE_DIM)[None, :]
-        d_value_gate += tl.sum(d_value * v, 1)
-        d_value *= value_factor
-        _store(value_gradient, value_gradient_strides, head, heads, tokens, count, values, VALUE_DIM, d_value)
-    d_key += _load_sums(sum_gradients, head, 0, dims, HEAD_DIM, HEAD_DIM, VALUE_DIM)[None, :]
-    x = _load(key, key_strides, head, heads, tokens, count, dims, HEAD_DIM)
-    if key_gate_gradient is not None:
-        d_key_gate = tl.sum(d_key * _features(x, dims, HEAD_DIM, floor, RELU), 1)
-        tl.store(key_gate_gradient + head * count + tokens, d_key_gate, mask=tokens < count)
+        d = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for first_dim in range(0, HEAD_DIM, BLOCK_D):
+            dims = first_dim + tl.arange(0, BLOCK_D)
+            phi = _load(key, key_strides, head, heads, tokens, count, dims, HEAD_DIM)
+            gated = (_features(phi, dims, HEAD_DIM, floor, RELU) * key_factor).to(DOT)  # [N, D]
+            tile = _load_state(state_gradient, head, dims, values, HEAD_DIM, VALUE_DIM).to(DOT)  # [D, V]
+            d += tl.dot(gated, tile, input_precision=PRECISION)
+        d += _load_sums(sum_gradients, head, HEAD_DIM, values, VALUE_DIM, HEAD_DIM, VALUE_DIM)[None, :]
+        if value_gate_gradient is not None:
+            of_gate += tl.sum(d * _load(value, value_strides, head, heads, tokens, count, values, VALUE_DIM), 1)
+        _store(value_gradient, value_gradient_strides, head, heads, tokens, count, values, VALUE_DIM, d * value_factor)
     if value_gate_gradient is not None:
-        tl.store(value_gate_gradient + head * count + tokens, d_value_gate, mask=tokens < count)
-    d_key = _through_features(d_key * key_factor, x, RELU)
-    _store(key_gradient, key_gradient_strides, head, heads, tokens, count, dims, HEAD_DIM, d_key)
+        tl.store(value_gate_gradient + head * count + tokens, of_gate, mask=tokens < count)
+
+    of_gate = tl.zeros([BLOCK_N], tl.float32)
+    for first_dim in range(0, HEAD_DIM, BLOCK_D):
+        dims = first_dim + tl.arange(0, BLOCK_D)
+        d = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for first in range(0, VALUE_DIM, BLOCK_V):
+            values = first + tl.arange(0, BLOCK_V)
+            v = _load(value, value_strides, head, heads, tokens, count, values, VALUE_DIM)
+            gated = (v * value_factor).to(DOT)  # [N, V]
+            tile = _load_state(state_gradient, head, dims, values, HEAD_DIM, VALUE_DIM).to(DOT)  # [D, V]
+            d += tl.dot(gated, tl.trans(tile), input_precision=PRECISION)
+        d += _load_sums(sum_gradients, head, 0, dims, HEAD_DIM, HEAD_DIM, VALUE_DIM)[None, :]
+        x = _load(key, key_strides, head, heads, tokens, count, dims, HEAD_DIM)
+        if key_gate_gradient is not None:
+            of_gate += tl.sum(d * _features(x, dims, HEAD_DIM, floor, RELU), 1)
+        d = _through_features(d * key_factor, x, RELU)
+        _store(key_gradient, key_gradient_strides, head, heads, tokens, count, dims, HEAD_DIM, d)
+    if key_gate_gradient is not None:
+        tl.store(key_gate_gradient + head * count + tokens, of_gate, mask=tokens < count)

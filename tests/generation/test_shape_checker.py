@@ -26,7 +26,7 @@ def test_ground_truth(drawn):
 
 @pytest.mark.parametrize("disturb", ["blur", "noise", "pale"])
 def test_disturbed_ground_truth(drawn, disturb):
-    images, captions = drawn
+    images, captions = drawn[0][::4], drawn[1][::4]
     if disturb == "blur":
         kernel = torch.tensor([0.25, 0.5, 0.25])
         images = F.conv2d(

@@ -110,7 +110,7 @@ def test_training_learns_and_whitens():
     pl.seed_everything(0)
     module = TinyAutoencoderTraining(TinyAutoencoder(width=8), warmup_steps=5, learning_rate=1e-2)
     before = quality(module.autoencoder, count=20)["psnr"]
-    data = CaptionedShapes(batch_size=32, images_per_epoch=32 * 60, evaluation_images=20)
+    data = CaptionedShapes(batch_size=32, images_per_epoch=32 * 30, evaluation_images=20)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
