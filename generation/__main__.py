@@ -2,7 +2,7 @@
 
     python -m generation sample "a red circle above a blue square" --output out.png    draw pictures of captions (LINA)
     python -m generation fit --config configs/generation/lina_shapes.yaml              train a model
-    python -m generation evaluate lina-shapes                                          score a model with the checker
+    python -m generation evaluate shapes                                              score a model with the checker
     python -m generation benchmark lina                                                speed of the models
 
 Each takes --help.
@@ -15,7 +15,7 @@ HOME_OF = {
     "fit": "generation.training",
     "validate": "generation.training",
     "sample": "generation.lina.sample",
-    "evaluate": "generation.lina.evaluate",
+    "evaluate": "generation.lina.shape_scores",
     "benchmark": "generation.benchmark",
 }
 

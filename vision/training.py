@@ -8,8 +8,6 @@ A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, Ten
 and what `vision.reports.RunReport` adds. `fit --ckpt_path last` resumes the experiment's newest run.
 """
 
-import ctypes
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from kernels.native.memory import keep_freed_memory
 from vision.class_folders import ClassFolders  # noqa: F401  `--data ClassFolders` finds the name
 from vision.classification import ImageClassification
 from vision.image_data import Cifar, ImageDataModule, ImageFolder  # noqa: F401
@@ -107,19 +106,6 @@ _MISTAKEN_WARNINGS = (
     r".*does not have many workers",
     r".*isinstance\(treespec, LeafSpec\)",
 )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for this process: a step's activations then lie in pages that are mapped already.
-
-    Page faults take about a fifth of a small model's step on CPU. Does nothing where the C library has no `mallopt`.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc accepts
-        mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(top_pad, 64 << 20)
 
 
 def prepare_process() -> None:

@@ -1,7 +1,8 @@
 """Training of LINA: `LinaTraining` holds the loss, the optimiser and the moving average of the weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,6 +69,20 @@ class LinaTraining(pl.LightningModule):
     def _trained(self) -> list[nn.Parameter]:
         networks = [self.transformer, *([] if self.text_encoder is None else [self.text_encoder])]
         return [parameter for network in networks for parameter in network.parameters()]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the networks have the moving average as weights, and are in evaluation mode."""
+        trained, modes = self._trained(), [(module, module.training) for module in self.modules()]
+        self.average.store(trained)
+        self.average.copy_to(trained)
+        self.eval()
+        try:
+            yield
+        finally:
+            self.average.restore(trained)
+            for module, mode in modes:
+                module.training = mode
 
     def condition_of(self, batch: dict[str, Any]) -> Sequence[Tensor] | Tensor:
         """What `LinaTransformer.embed_condition` takes, of all images."""

@@ -1,8 +1,8 @@
 // Linear attention on CPU.
 //
 // Each batch element's head is a task of its own, or, where these are few, several: ranges of its tokens, whose states
-// are added in their order. Tokens are packed in blocks, mapped and gated on the way (products.h), so that the inputs are
-// read once as they lie. How tokens are divided depends on the sizes alone, and so the bits do not depend on the number
+// are added in their order. Tokens are packed in blocks, mapped and gated on the way (products.h), so that the inputs
+// are read as they lie. How tokens are divided depends on the sizes alone, and so the bits do not depend on the number
 // of threads.
 //
 // T is the type of the arithmetic (float or double).
@@ -304,7 +304,8 @@ template <typename T> class Worker {
     T low_, floor_, scale_;
     T *factors_, *other_factors_;  // of each row of a block
     T *keyed_, *valued_;           // a block, packed
-    T *turned_ = nullptr, *raw_keyed_ = nullptr, *raw_valued_ = nullptr, *grad_keyed_ = nullptr, *grad_valued_ = nullptr;
+    T *turned_ = nullptr, *raw_keyed_ = nullptr, *raw_valued_ = nullptr;  // backward only, as are the next
+    T *grad_keyed_ = nullptr, *grad_valued_ = nullptr;
 };
 
 template <typename T> int run(const Problem& p, bool backward, int threads) {
@@ -345,7 +346,8 @@ template <typename T> int run(const Problem& p, bool backward, int threads) {
                 }
             };
             over_parts(backward ? p.queries : p.keys, [&](int64_t first, int64_t last, int64_t task) {
-                backward ? worker.query_gradients(first, last, shared(task)) : worker.accumulate(first, last, shared(task));
+                const State<T> own = shared(task);
+                backward ? worker.query_gradients(first, last, own) : worker.accumulate(first, last, own);
             });
 #pragma omp for schedule(dynamic, 1)
             for (int64_t head = 0; head < division.heads; head++) {

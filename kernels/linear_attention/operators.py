@@ -84,6 +84,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_output, grad_state, grad_sums):
+    if grad_output is None:
+        return (None,) * 9
     gates = ctx.saved_tensors[5:]
     *gradients, grad_key_gate, grad_value_gate = linear_attention_backward(
         grad_output, *ctx.saved_tensors, *ctx.settings_and_backend

@@ -19,8 +19,8 @@ template <typename T> constexpr int64_t padded(int64_t n) {
     return (n + unit - 1) / unit * unit;
 }
 
-// Keeps a vector that is used several times in its register: compilers prefer to load it again for each use, and loads are
-// what a product of this size is short of.
+// Keeps a vector that is used several times in its register: compilers prefer to load it again for each use, and loads
+// are what a product of this size is short of.
 template <typename V> INLINE void keep_in_register(V& x) {
 #if defined(__x86_64__)
     asm("" : "+v"(x));
@@ -136,7 +136,7 @@ template <typename T> INLINE T dot(const T* a, const T* b, int64_t width) {
     return sum<T>(total);
 }
 
-// to [columns][to_row] = from [rows][from_row] turned on its side; what is beyond `rows` in a row of `to` becomes zero.
+// to [columns][to_row] = from [rows][from_row] turned on its side; beyond `rows`, a row of `to` becomes zero.
 template <typename T>
 void transpose(const T* from, int64_t rows, int64_t columns, int64_t from_row, T* to, int64_t to_row) {
     for (int64_t c = 0; c < columns; c++, to += to_row) {
@@ -151,8 +151,8 @@ template <typename T> class Rows {
     Rows(const Tensor& tensor, int64_t batch, int64_t head, int64_t width)
         : tensor_(tensor), offset_(batch * tensor.strides[0] + head * tensor.strides[2]), width_(width) {}
 
-    // Packs `count` rows from `token` on, each vector as map(vector, row, column) makes it and with zeros after the last
-    // column; adds the packed rows to `total`, unless that is null.
+    // Packs `count` rows from `token` on, each vector as map(vector, row, column) makes it and with zeros after the
+    // last column; adds the packed rows to `total`, unless that is null.
     template <typename F> void read(int64_t token, int64_t count, T* to, T* total, F&& map) const {
         with_type(tensor_.dtype, [&](auto* type) {
             constexpr int64_t L = LANES<T>;
@@ -180,9 +180,10 @@ template <typename T> class Rows {
     // Has `count` rows from `token` on, and no row beyond the first `tokens`, fetched.
     void fetch(int64_t token, int64_t count, int64_t tokens, Ahead& ahead) const {
         with_type(tensor_.dtype, [&](auto* type) {
-            const int64_t size = sizeof(*type), first = offset_ + token * tensor_.strides[1];
-            const auto* from = static_cast<decltype(type)>(tensor_.data) + first;
-            if (token < tokens) ahead.add(from, tensor_.strides[1] * size, std::min(count, tokens - token), width_ * size);
+            if (token >= tokens) return;
+            const int64_t size = sizeof(*type), stride = tensor_.strides[1];
+            const auto* from = static_cast<decltype(type)>(tensor_.data) + offset_ + token * stride;
+            ahead.add(from, stride * size, std::min(count, tokens - token), width_ * size);
         });
     }
 

@@ -1,22 +1,22 @@
-"""Linear attention on GPUs: keys and values to a state, then the state to outputs; the gradient is the same backwards.
+"""Linear attention on GPUs: keys and values to a state, the state to outputs; the gradient is the same backwards.
 
-Forward, two kernels: `linear_states_kernel` adds outer products over ranges of the tokens, one program for each range of
-each head and tile of values; the ranges' states, where there are several, are added in their order. Then
-`linear_outputs_kernel` reads the state for each block of queries. Backward, three: `linear_query_gradients_kernel` makes
-the gradients of queries and, for every query, 1 / denominator and p (see the package); with them
+Forward, two kernels: `linear_states_kernel` adds outer products over ranges of the tokens, one program for each range
+of each head and tile of values; the ranges' states, where there are several, are added in their order. Then
+`linear_outputs_kernel` reads the state for each block of queries. Backward, three: `linear_query_gradients_kernel`
+makes the gradients of queries and, for every query, 1 / denominator and p (see the package); with them
 `linear_states_kernel`, given queries and output gradients in place of keys and values, adds up the gradients of S and
 s; and `linear_key_gradients_kernel` makes those of keys, values and gates. Every sum has a fixed order and nothing is
 accumulated by atomics, so that the bits are the same every time.
 
 Precision: features, sums and denominators are float32; the tensor-core operands as `kernels.gpu.triton.dot_operands`
-says. The head dimension is padded to a power of two; the value dimension goes by tiles, so that the state of 96 x 96
-needs no spilled register.
+says. Outputs and the gradients of keys go by tiles of both dimensions, which they read again from the cache, so that a
+head of 96 spills no register; where the head dimension must be whole it is padded to a power of two.
 
-Floor, a prediction and not a measurement: nothing here has been timed or has run on a GPU. N tokens in all, C channels of
-all heads together, heads of D channels, s bytes an element: 4 N C s bytes and 4 N C D FLOP forward (q, k, v, out; queries
-and output gradients are read twice backward, the second time perhaps from the cache), 9 N C s bytes and 8 N C D FLOP
-backward. 16 maps of 1280 tokens, C = 768, bfloat16, D = 64: 126 and 283 MB, 42 and 94 us at the 3.0 TB/s of an H100; the
-4.0 and 8.1 GFLOP of products take 5 and 10 us at 798 TFLOP/s.
+Floor, a prediction and not a measurement: nothing here has been timed or has run on a GPU. N tokens in all, C channels
+of all heads together, heads of D channels, s bytes an element: 4 N C s bytes and 4 N C D FLOP forward; 9 N C s bytes
+(queries and output gradients are read twice, the second time perhaps from the cache) and 8 N C D FLOP backward. 16 maps
+of 1280 tokens, C = 768, D = 64, bfloat16: 126 and 283 MB, 42 and 94 us at the 3.0 TB/s of an H100; the 4.0 and 8.1
+GFLOP of products take 5 and 10 us at 798 TFLOP/s.
 """
 
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and both gates in their dtypes; an empty one of a gate that is None."""
     gates = (key_gate, value_gate)
-    batch, keys, heads, head_dim = key.shape
+    batch, keys, heads, _ = key.shape
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
     of_gates = [None if gate is None else state.new_empty((batch, heads, keys)) for gate in gates]
     if grad_output.numel() == 0 or keys == 0:
@@ -172,7 +172,7 @@ def _states(
     splits = max(splits, 1)
     states = torch.empty((splits, batch, heads, head_dim, value_dim), dtype=torch.float32, device=x.device)
     sums = states.new_empty((splits, batch, heads, head_dim + value_dim))
-    if count == 0 or value_dim == 0 or head_dim == 0 or batch * heads == 0:
+    if 0 in (batch, count, heads, value_dim):
         return states.zero_()[0], sums.zero_()[0]
     launch(
         x,

@@ -1,8 +1,8 @@
 """The Triton kernels of linear attention; `triton.py` launches them and explains the algorithm.
 
 Legend: N is a block of tokens (of queries or keys), D the padded head dimension, V a tile of the value dimension; a
-comment gives a tile's shape. `head` numbers a head of a batch element. Factors are float32 (batch, heads, tokens) tensors
-of any strides, or None for ones.
+comment gives a tile's shape. `head` numbers a head of a batch element. Factors are (batch, heads, tokens) tensors of
+any strides, or None for ones.
 """
 
 import triton

@@ -51,15 +51,15 @@ SMALL = Case()
 TOKENS = [
     *(Case(n, n, 16, 16) for n in (1, 2, 63, 65, 197)),
     Case(1, 130), Case(65, 3), Case(700, 1300, 16, 16, batch=1, heads=2), Case(1, 1100, batch=1, heads=1),
-    Case(3000, 1, batch=1, heads=1), Case(20, 20, 32, 32, batch=30),
+    Case(3000, 40, batch=1, heads=1), Case(20, 20, 32, 32, batch=30),
 ]  # fmt: skip
 DIMS = [Case(9, 70, d, v) for d, v in ((1, 1), (7, 7), (32, 32), (64, 64), (96, 96), (1, 5), (16, 33), (130, 4))]
 GATES = [replace(SMALL, gates=(k, v)) for k in ("", "heads", "shared") for v in ("", "heads", "shared")]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_backend = pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+every_backend = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-each_normalization = pytest.mark.parametrize("normalization", ("division", "subtraction"))
+each_normalization = pytest.mark.parametrize("normalization", ["division", "subtraction"])
 
 
 def attend(inputs: list[Tensor | None], **options) -> Tensor:
@@ -322,7 +322,7 @@ def test_autocast_follows_the_values_and_rounds_no_sum(backend):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query": torch.ones(2, 5, 8)}, r"query has shape \(2, 5, 8\); it must be \(batch, queries, heads, head_dim\)"),
+        ({"query": torch.ones(2, 5, 8)}, r"query has shape \(2, 5, 8\); it must be \(batch, queries, heads, .*\)"),
         ({"key": torch.ones(2, 7, 3, 9)}, r"key has shape \(2, 7, 3, 9\); with query .* it must be \(2, 7, 3, 8\)"),
         ({"value": torch.ones(2, 6, 3, 6)}, r"value has shape \(2, 6, 3, 6\); with key .* it must be \(2, 7, 3, 6\)"),
         ({"key_gate": torch.ones(2, 7)}, r"key_gate has shape \(2, 7\); .* \(3, 7\), or \(1, 7\) for all heads"),

@@ -1,0 +1,188 @@
+"""How well a model draws what captions say: the checker's scores of held-out prompts, during training and after it.
+
+    python -m generation evaluate shapes --prompts 500 --guidance 1 3 --steps 16 8 4
+
+prints a table and writes it as JSON.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torchvision.utils import save_image
+
+from generation.lina.captioned_shapes import COLOURS, KINDS, LEVELS, PLACES, held_out_prompts
+from generation.lina.pipeline import LinaPipeline
+from generation.lina.shape_checker import check
+from generation.lina.shipped_models import load_pipeline
+from generation.lina.training import LinaTraining
+
+BATCH = 125
+COLUMNS = ("all_correct", "colour", "shape", "place", "relation")
+
+
+def draw_prompts(pipeline: LinaPipeline, captions: Sequence[str], seed: int = 0, **settings: Any) -> Tensor:
+    """`[B, 3, h, w]` pictures of captions, in [-1, 1]; `settings` are the pipeline's."""
+    pictures = []
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(captions), BATCH):
+        batch = list(captions[start : start + BATCH])
+        pictures.append(pipeline(batch, generator=generator, output_type="pt", **settings).images)
+    pipeline.set_progress_bar_config(disable=False)
+    return 2 * torch.cat(pictures) - 1
+
+
+def score(pipeline: LinaPipeline, level: str, count: int, seed: int = 0, **settings: Any) -> dict[str, float]:
+    """The checker's means over `count` held-out prompts of a level of `captioned_shapes`."""
+    captions = [scene.caption for scene in held_out_prompts(level, count)]
+    return check(draw_prompts(pipeline, captions, seed, **settings), captions).summary()
+
+
+@torch.no_grad()
+def word_sensitivity(module: LinaTraining) -> dict[str, float]:
+    """How far one swapped word moves the condition of an unseen picture's tokens, for each kind of word.
+
+    It shows within seconds which words a model has begun to read: the mean over pairs of captions of the largest
+    distance of a token's condition, all tokens masked.
+    """
+    transformer = module.transformer
+    grid = transformer.grid_of(transformer.latent_size)
+
+    def conditions(captions: list[str]) -> Tensor:
+        context = transformer.encode_condition(transformer.embed_condition(module.text_encoder(captions)), grid)
+        dim = transformer.config.latent_channels * transformer.config.patch_size**2
+        tokens = context.new_zeros(len(captions), grid[0] * grid[1], dim)
+        none = torch.zeros(len(captions), 0, dtype=torch.long, device=tokens.device)
+        return transformer.encode_image(tokens, context, grid, none)
+
+    colours, kinds, places = list(COLOURS), list(KINDS), list(PLACES)
+    captions = {
+        "colour": [f"a {colour} square {places[0]}" for colour in colours if colour[0] not in "aeiou"],
+        "shape": [f"a red {kind} {places[0]}" for kind in kinds],
+        "place": [f"a red square {place}" for place in places],
+    }
+    distances = {}
+    for word, texts in captions.items():
+        encoded = conditions(texts)
+        apart = (encoded[None] - encoded[:, None]).norm(dim=-1).amax(-1)
+        distances[word] = (apart.sum() / (len(texts) * (len(texts) - 1))).item()
+    return distances
+
+
+def pipeline_of(module: LinaTraining) -> LinaPipeline:
+    """The networks of a training as a pipeline, with the weights that they have now."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=module.hparams.shift)
+    return LinaPipeline(module.transformer, module.autoencoder, scheduler, module.text_encoder)
+
+
+class ShapeReport(pl.Callback):
+    """Scores the moving average as training goes on, and leaves it as `<run>/pipeline`.
+
+    Args:
+        every_n_steps: between scores.
+        levels: of `captioned_shapes`.
+        prompts: of each level.
+        guidance_scale: of the pictures.
+        num_inference_steps: of autoregression.
+        num_diffusion_steps: of each token.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 2000,
+        levels: Sequence[str] = ("single", "pairs"),
+        prompts: int = 125,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 16,
+        num_diffusion_steps: int = 10,
+    ):
+        self.every_n_steps, self.levels, self.prompts = every_n_steps, tuple(levels), prompts
+        self.settings = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "num_diffusion_steps": num_diffusion_steps,
+            "spacing": "trailing",
+        }
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: LinaTraining, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._report(trainer, module)
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, module: LinaTraining) -> None:
+        folder = Path(trainer.default_root_dir)
+        state = torch.get_rng_state()  # training does not depend on whether it is scored
+        metrics = {}
+        with module.averaged():
+            pipeline = pipeline_of(module)
+            for level in self.levels:
+                captions = [scene.caption for scene in held_out_prompts(level, self.prompts)]
+                pictures = draw_prompts(pipeline, captions, **self.settings)
+                scores = check(pictures, captions).summary()
+                metrics |= {f"{level}/{name}": value for name, value in scores.items()}
+                folder.mkdir(parents=True, exist_ok=True)
+                save_image(pictures[:48] / 2 + 0.5, folder / f"{level}.png", nrow=8)
+            metrics |= {f"sensitivity/{word}": value for word, value in word_sensitivity(module).items()}
+        torch.set_rng_state(state)
+        trainer.logger.log_metrics(metrics, trainer.global_step)
+        correct = ", ".join(f"{level} {metrics[f'{level}/all_correct']:.3f}" for level in self.levels)
+        print(f"\nstep {trainer.global_step}: all correct {correct}", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: LinaTraining) -> None:
+        self._save(trainer, module)
+
+    @rank_zero_only
+    def _save(self, trainer: pl.Trainer, module: LinaTraining) -> None:
+        if trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir) / "pipeline"
+        with module.averaged():
+            pipeline_of(module).save_pretrained(folder)
+        print(f"trained model: {folder}\ndraw with it:  python -m generation sample PROMPT --model {folder}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m generation evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="shapes", help="name of a shipped model, or a folder")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts of each level")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=["single", "pairs"])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="1 is none")
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 8, 4], help="of autoregression")
+    parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[10], help="in which a token is drawn")
+    parser.add_argument("--fast", action="store_true", help="also each setting with fast=True")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/lina_scores.json"), help="JSON file")
+    options = parser.parse_args(arguments)
+    if options.prompts < 1:
+        parser.error(f"--prompts is {options.prompts}; it must be at least 1")
+    pipeline = load_pipeline(options.model)
+    grid = itertools.product(
+        options.levels, options.guidance, options.steps, options.diffusion_steps, (False, True)[: 1 + options.fast]
+    )
+    rows = []
+    print(f"{'level':8}{'guidance':>9}{'steps':>6}{'diffusion':>10}{'fast':>6}  {'  '.join(COLUMNS)}")
+    for level, guidance, steps, diffusion_steps, fast in grid:
+        settings = {
+            "guidance_scale": guidance,
+            "num_inference_steps": steps,
+            "num_diffusion_steps": diffusion_steps,
+            "fast": fast,
+        }
+        scores = score(pipeline, level, options.prompts, options.seed, spacing="trailing", **settings)
+        rows.append({"level": level, **settings, **scores})
+        values = "  ".join(f"{scores[name]:{len(name)}.3f}" if name in scores else " " * len(name) for name in COLUMNS)
+        print(f"{level:8}{guidance:9g}{steps:6}{diffusion_steps:10}{fast!s:>6}  {values}", flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"model": options.model, "prompts": options.prompts, "scores": rows}, indent=1))
+    print(f"written to {options.output}")

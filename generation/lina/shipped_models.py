@@ -1,0 +1,32 @@
+"""Finds a LINA model by its name or folder."""
+
+import json
+from pathlib import Path
+
+from generation.lina.pipeline import LinaPipeline
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+SHIPPED = {"shapes": "lina_shapes", "openmoji": "lina_openmoji"}
+
+
+def load_pipeline(model: str | Path) -> LinaPipeline:
+    """Load a pipeline, in float32 and evaluation mode.
+
+    Args:
+        model: the name of a shipped model, or a folder: one that `save_pretrained` wrote or one of the authors'.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = CHECKPOINTS / SHIPPED[model] if model in SHIPPED else Path(model)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        shipped = [name for name, path in SHIPPED.items() if (CHECKPOINTS / path).is_dir()]
+        raise ValueError(f"model is {str(model)!r}; expected {', '.join(shipped)}, or a folder with model_index.json")
+    try:
+        kind = json.loads(index.read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a JSON object: {error}") from error
+    if kind != LinaPipeline.__name__:
+        return LinaPipeline.from_official(folder)
+    return LinaPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)

@@ -1,0 +1,100 @@
+"""`python -m generation fit|validate --config configs/generation/<experiment>.yaml`: a LightningCLI for all systems.
+
+The YAML names the system (`model.class_path`) and its data; every argument of both and of the trainer is a key of it and a
+flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, checkpoints/last.ckpt, and what the
+system reports (see its module). `--ckpt_path last` resumes the experiment's newest run.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from kernels.native.memory import keep_freed_memory
+
+CHECKPOINT_EVERY = 500  # steps
+
+
+class TrainingCommandLine(LightningCLI):
+    """LightningCLI with run folders.
+
+    Args:
+        args: the subcommand and its flags.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "python -m generation", "description": __doc__},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--experiment", type=str | None, default=None, help="Folder in it. Default: the name of the config file."
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning's own version warns of arguments given from Python, which is how `python -m generation` gives them.
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        if "weights_only" in settings:
+            settings.weights_only = True  # Lightning would unpickle a checkpoint that lies behind a URL
+        files = settings.get("config") or []
+        experiment = settings.experiment or (Path(str(files[-1])).stem if files else "unnamed")
+        root = Path(settings.runs) / experiment
+        numbers = sorted(int(entry.name) for entry in root.glob("*") if entry.name.isdecimal())
+        self.run_folder = root / str(numbers[-1] + 1 if numbers else 0)
+        if settings.get("ckpt_path") == "last":
+            checkpoints = [root / str(number) / "checkpoints" / "last.ckpt" for number in reversed(numbers)]
+            found = next((path for path in checkpoints if path.is_file()), None)
+            if found is None:
+                raise ValueError(f"ckpt_path is 'last', but no run in {root} has a checkpoint")
+            settings.ckpt_path = str(found)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = list(settings.callbacks or [])
+        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            folder, kept = self.run_folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
+            callbacks.append(ModelCheckpoint(folder, every_n_train_steps=CHECKPOINT_EVERY, **kept))
+        kwargs = {"default_root_dir": self.run_folder, "callbacks": callbacks} | kwargs
+        if settings.logger is None:
+            kwargs["logger"] = CSVLogger(self.run_folder, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+# Lightning's warnings that are wrong here: frozen networks stay in evaluation mode, the batches do resume in mid-epoch, a
+# resumed run keeps its checkpoints in a folder of its own, and data drawn on the fly is faster without workers.
+_MISTAKEN_WARNINGS = (
+    r"The dirpath has changed",
+    r".*module\(s\) in eval mode at the start of training",
+    r".*your dataloader is not resumable",
+    r".*does not have many workers",
+    r".*isinstance\(treespec, LeafSpec\)",
+)
+
+
+def main(arguments: list[str]) -> None:
+    keep_freed_memory()
+    for message in _MISTAKEN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    TrainingCommandLine(arguments)
