@@ -8,8 +8,9 @@ With tokens x, of which the last h w are an image's in row-major order and those
     output = (attention + [0 | depthwise 5 x 5 convolution of x's image]) W_out
 
 Sources: LINA, arXiv 2601.22630, and its published code; the subtraction-normalised form is InLine attention, arXiv
-2412.06590; the bank of value embeddings follows the abstract of MoVE, arXiv 2601.22887 (a bank shared by all layers, mixed
-softly for each token into the values); how the mixing weights come about there is inferred: a softmax of a linear map.
+2412.06590; the bank of value embeddings follows the abstract of MoVE, arXiv 2601.22887 (a bank shared by all layers,
+mixed softly for each token into the values); how the mixing weights come about there is inferred: a softmax of a linear
+map.
 """
 
 import torch

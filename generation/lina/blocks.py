@@ -3,8 +3,8 @@
 Blocks are residual with the norm after each branch: x <- x + norm(attention(x)), x <- x + norm(MLP(x)).
 
 The image encoder's first half sees the context and the tokens that are known, its second half the context and all
-tokens, the unknown ones replaced by one learned mask token; gates and convolutions are in the second half only. Captions
-and classes reach it through the context tokens alone, unless it is given them as a prefix.
+tokens, the unknown ones replaced by one learned mask token; gates and convolutions are in the second half only.
+Captions and classes reach it through the context tokens alone, unless it is given them as a prefix.
 """
 
 import torch

@@ -29,7 +29,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor
 
 
 def frequencies(count: int, like: Tensor) -> Tensor:
-    """`10000^(-i / count)` for i < count, rounded as in the official code: times up to 1000 make the last bits matter."""
+    """`10000^(-i / count)` for i < count, rounded as in the official code: the last bits matter at times up to 1000."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.exp(-math.log(WAVELENGTH) * torch.arange(count, device=like.device, dtype=dtype) / count)
 

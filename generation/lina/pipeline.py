@@ -221,7 +221,7 @@ class LinaPipeline(DiffusionPipeline):
         uniform = torch.special.ndtr(normal(grid[0] * grid[1]).float())
         ranked = generation_order(grid, order, order_strength, uniform)
         # Known tokens first, the others in their order.
-        drawn_order = ranked.gather(1, (~known.gather(1, ranked)).int().argsort(1, stable=True))
+        drawn_order = ranked.gather(1, (~known.gather(1, ranked)).int().argsort(dim=1, stable=True))
         predictions = [n for n in predictions_per_step(num_inference_steps, count) if n]
         schedule = FlowSchedule(float(self.scheduler.config.shift))
         last = num_diffusion_steps if last_diffusion_steps is None else last_diffusion_steps

@@ -1,7 +1,7 @@
 """The loop that draws images: in some order, a few tokens a step, each step seeing all tokens drawn before.
 
-Everything random comes from outside (an order and a source of noise), so that an image depends on its own generator and on
-nothing else in its batch.
+Everything random comes from outside (an order and a source of noise), so that an image depends on its own generator
+and on nothing else in its batch.
 """
 
 import math

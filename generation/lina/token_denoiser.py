@@ -3,14 +3,13 @@
 Flow matching: at sigma a token is x = sigma noise + (1 - sigma) x0, and the head predicts noise - x0. Sigmas descend;
 the head is fed 1000 sigma as time.
 
-`TokenDenoiser` is the network, `denoise` the sampling loop, which computes once what does not change in it: time
-embeddings for a whole image, the projection of the conditions for one step of autoregression; and which takes all scales,
-shifts and gates of a diffusion step from one matrix product.
+`TokenDenoiser` is the network, `SamplingDenoiser` the sampling loop, which computes once what does not change in it:
+time embeddings for a whole image, the projection of the conditions for one step of autoregression; and which takes all
+scales, shifts and gates of a diffusion step from one matrix product.
 
 Sources: MAR, arXiv 2406.11838 (diffusion loss); NOVA, arXiv 2412.14169; AdaLN-zero: DiT, arXiv 2212.09748.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,7 +188,7 @@ class SamplingDenoiser:
             noise: `[B, k, p p C]`.
             condition: `[B, k, W]`; with guidance `[2 B, k, W]`, the unconditional ones behind.
             sigmas: noise levels, descending from 1 to 0; their embeddings are kept.
-            guidance: g in v_unconditional + g (v_conditional - v_unconditional); not used if `condition` is not doubled.
+            guidance: g in v_unconditional + g (v_conditional - v_unconditional); not used unless `condition` is doubled.
             least_guided: below this noise level there is no guidance.
 
         Returns:

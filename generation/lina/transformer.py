@@ -1,8 +1,8 @@
 """LINA: images from captions or classes, by a masked autoregressive transformer on linear attention.
 
-Three networks are trained together in the latent space of a frozen autoencoder. A context encoder turns the caption into
-context tokens; an image encoder, in some order, predicts conditions of the tokens not yet known from those that are; a
-token denoiser draws each of these tokens by flow matching. `training_loss` is the whole training objective, `sampling`
+Three networks are trained together in the latent space of a frozen autoencoder. A context encoder turns the caption
+into context tokens; an image encoder, in some order, predicts conditions of the tokens not yet known from those that
+are; a token denoiser draws each of these tokens by flow matching. `forward` is the whole training objective, `sampling`
 the loop that draws images.
 
 Source: LINA, arXiv 2601.22630, and its published code; NOVA, arXiv 2412.14169, whose softmax model is
@@ -224,8 +224,8 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         return [self.text_embed.weight[:0]] * count
 
     def encode_condition(self, embedded: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the image encoder sees of embedded captions `[B, T, C]`: `[B, T' + h w / 4, C]`, T' = T for a model with a
-        text prefix, else 0."""
+        """What the image encoder sees of embedded captions `[B, T, C]`: `[B, T' + h w / 4, C]`, T' = T for a model with
+        a text prefix, else 0."""
         beginning = self.mask_embed.bos_token + self.video_pos_embed((grid[0] // 2, grid[1] // 2))
         beginning = beginning.to(embedded.dtype).expand(len(embedded), -1, -1)
         context = self.video_encoder(embedded, beginning, self.value_bank)

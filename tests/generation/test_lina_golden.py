@@ -22,7 +22,7 @@ from generation.lina.embeddings import (
     sine_positions,
     unpatchify,
 )
-from generation.lina.official_checkpoints import from_official, to_official
+from generation.lina.official_checkpoints import from_official
 from generation.lina.sampling import Plan, draw_tokens, guidance_ramp, predictions_per_step
 from generation.lina.token_denoiser import FlowSchedule, Modulation, TokenDenoiser
 from generation.lina.transformer import LinaTransformer, TrainingDraw

@@ -1,0 +1,119 @@
+"""Drawing into pictures and around them, and showing how a picture came about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Pictures into which is drawn.
+
+    Args:
+        pictures: `[B, 3, H, W]` in [-1, 1], float32: in bfloat16 they would not come back as they were.
+        mask: `[B, 1, H, W]`, 1 where to draw, else 0.
+        unknown: `[B, N]` booleans, the tokens of which any pixel is to be drawn; equally many in each picture.
+    """
+
+    pictures: Tensor
+    mask: Tensor
+    unknown: Tensor
+
+    def keep(self, drawn: Tensor) -> Tensor:
+        """`drawn` where the mask says so, elsewhere the picture."""
+        return torch.where(self.mask > 0.5, drawn.float(), self.pictures)
+
+
+def prepare_canvas(image: Any, mask_image: Any, count: int, size: tuple[int, int], stride: int) -> Canvas | None:
+    """Read what a user gives as picture and mask: PIL images, arrays or tensors in [0, 1], or lists of them.
+
+    Args:
+        image: one, or one for each of `count`; None, with `mask_image` None too, for no canvas.
+        mask_image: accordingly.
+        count: how many pictures are drawn.
+        size: their height and width.
+        stride: pixels along the side of a token.
+
+    Raises:
+        ValueError: one is missing, they do not fit, or the masks ask for none or different numbers of tokens.
+    """
+    if (image is None) != (mask_image is None):
+        missing = "image" if image is None else "mask_image"
+        raise ValueError(f"{missing} is None; image and mask_image belong together")
+    if image is None:
+        return None
+    options = {"vae_scale_factor": stride, "do_resize": False}
+    pictures = VaeImageProcessor(**options, do_convert_rgb=True).preprocess(image)
+    if getattr(mask_image, "ndim", None) == 2:
+        mask_image = mask_image[None]
+    as_mask = VaeImageProcessor(**options, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    masks = as_mask.preprocess(mask_image).float()
+    if pictures.shape[1] != 3 or not pictures.abs().max() <= 1:
+        raise ValueError(
+            f"image has shape {tuple(pictures.shape)} and values up to {pictures.max().item():.3g}; it must have 3 "
+            f"channels, and arrays and tensors hold numbers from 0 to 1"
+        )
+    masks = masks[:, :1]
+    for name, tensor in (("image", pictures), ("mask_image", masks)):
+        if tensor.shape[0] not in (1, count) or tuple(tensor.shape[2:]) != tuple(size):
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} pictures of {tuple(tensor.shape[2:])} pixels; needed are 1 or {count} "
+                f"of {tuple(size)}"
+            )
+    unknown = F.max_pool2d(masks, stride).flatten(1) > 0.5
+    counts = unknown.sum(1)
+    if counts.min() == 0 or counts.min() != counts.max():
+        raise ValueError(
+            f"mask_image asks for {counts.tolist()} tokens of each picture; they must be equal, and at least 1"
+        )
+    return Canvas(*(x.expand(count, *x.shape[1:]) for x in (pictures.float(), masks, unknown)))
+
+
+def outpainting_canvas(
+    image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """`image` and `mask_image` for drawing what lies around a picture.
+
+    Args:
+        image: the picture.
+        left: pixels to draw at its left; `top`, `right` and `bottom` accordingly.
+
+    Raises:
+        ValueError: a margin is negative, or all are zero.
+    """
+    margins = {"left": left, "top": top, "right": right, "bottom": bottom}
+    if min(margins.values()) < 0 or not any(margins.values()):
+        raise ValueError(f"margins are {margins}; none may be negative and one must be above 0")
+    size = (image.width + left + right, image.height + top + bottom)
+    canvas, mask = Image.new("RGB", size, (128, 128, 128)), Image.new("L", size, 255)
+    canvas.paste(image.convert("RGB"), (left, top))
+    mask.paste(0, (left, top, left + image.width, top + image.height))
+    return canvas, mask
+
+
+def save_animation(steps: Sequence[Image.Image], path: str | Path, seconds: float = 3.0, magnify: int = 1) -> None:
+    """Write the pictures after each step as an animated GIF or WebP that pauses at its end.
+
+    Args:
+        steps: of one image, `LinaPipelineOutput.steps[i]`.
+        path: ends in .gif or .webp.
+        seconds: that the steps take together.
+        magnify: whole factor on their size.
+
+    Raises:
+        ValueError: there are no steps or the name ends in something else.
+    """
+    path = Path(path)
+    if not steps or path.suffix.lower() not in (".gif", ".webp"):
+        raise ValueError(f"path is {str(path)!r} and there are {len(steps)} steps; needed are .gif or .webp, and steps")
+    frames = [step.resize((step.width * magnify, step.height * magnify), Image.Resampling.NEAREST) for step in steps]
+    duration = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
+    duration[-1] += 1500
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
