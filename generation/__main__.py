@@ -3,6 +3,7 @@
     python -m generation sample "a red circle above a blue square" --output out.png    draw pictures of captions (LINA)
     python -m generation fit --config configs/generation/lina_shapes.yaml              train a model
     python -m generation evaluate shapes                                              score a model with the checker
+    python -m generation ablation --config configs/generation/lina_ablation.yaml       what its parts are worth
     python -m generation benchmark lina                                                speed of the models
 
 Each takes --help.
@@ -16,6 +17,7 @@ HOME_OF = {
     "validate": "generation.training",
     "sample": "generation.lina.sample",
     "evaluate": "generation.lina.shape_scores",
+    "ablation": "generation.lina.ablation",
     "benchmark": "generation.benchmark",
 }
 

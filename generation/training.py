@@ -1,8 +1,8 @@
 """`python -m generation fit|validate --config configs/generation/<experiment>.yaml`: a LightningCLI for all systems.
 
-The YAML names the system (`model.class_path`) and its data; every argument of both and of the trainer is a key of it and a
-flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, checkpoints/last.ckpt, and what the
-system reports (see its module). `--ckpt_path last` resumes the experiment's newest run.
+The YAML names the system (`model.class_path`) and its data; every argument of both and of the trainer is a key of it
+and a flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, checkpoints/last.ckpt, and what
+the system reports (see its module). `--ckpt_path last` resumes the experiment's newest run.
 """
 
 import warnings
@@ -72,7 +72,8 @@ class TrainingCommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        callbacks = list(settings.callbacks or [])
+        given = settings.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             folder, kept = self.run_folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
             callbacks.append(ModelCheckpoint(folder, every_n_train_steps=CHECKPOINT_EVERY, **kept))
@@ -82,8 +83,8 @@ class TrainingCommandLine(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-# Lightning's warnings that are wrong here: frozen networks stay in evaluation mode, the batches do resume in mid-epoch, a
-# resumed run keeps its checkpoints in a folder of its own, and data drawn on the fly is faster without workers.
+# Lightning's warnings that are wrong here: frozen networks stay in evaluation mode, the batches do resume in mid-epoch,
+# a resumed run keeps its checkpoints in a folder of its own, and data drawn on the fly is faster without workers.
 _MISTAKEN_WARNINGS = (
     r"The dirpath has changed",
     r".*module\(s\) in eval mode at the start of training",
@@ -93,8 +94,13 @@ _MISTAKEN_WARNINGS = (
 )
 
 
-def main(arguments: list[str]) -> None:
+def prepare_process() -> None:
+    """Once in a process that trains: keep freed memory, and be silent where warnings and notices are wrong."""
     keep_freed_memory()
     for message in _MISTAKEN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def main(arguments: list[str]) -> None:
+    prepare_process()
     TrainingCommandLine(arguments)

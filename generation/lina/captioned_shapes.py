@@ -11,16 +11,17 @@ circle", and a caption without a place never shows an object at a place that is 
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
+
+from generation.lina.numbered_batches import NumberedBatches
 
 IMAGE_SIZE = 32
 BACKGROUND = (0.96, 0.96, 0.96)
@@ -328,21 +329,7 @@ def _batch(scenes: Sequence[Scene]) -> dict[str, Tensor | list[str]]:
     return {"image": draw(scenes), "caption": [scene.caption for scene in scenes]}
 
 
-class BatchNumbers(DistributedSampler):
-    """Numbers of the batches to come, asked for when an epoch begins; the same in every process.
-
-    It is a DistributedSampler so that Lightning does not put its own, which would share out batches, in its place.
-    """
-
-    def __init__(self, dataset: Dataset, numbers: Callable[[], range]) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.numbers = numbers
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers())
-
-
-class CaptionedShapes(pl.LightningDataModule):
+class CaptionedShapes(NumberedBatches):
     """Batches {"image": (B, 3, 32, 32) float in [-1, 1], "caption": list of B strings}, new ones in every epoch.
 
     Training begins with single objects; then `level` and single objects are mixed. Validation and test are held-out
@@ -372,26 +359,16 @@ class CaptionedShapes(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, evaluation_batch_size, images_per_epoch, num_workers, seed)
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; valid are {', '.join(LEVELS)}")
         if not 0 <= single_fraction <= 1:
             raise ValueError(f"single_fraction is {single_fraction}; it lies between 0 and 1")
-        for name, value, least in (
-            ("single_images", single_images, 0),
-            ("batch_size", batch_size, 1),
-            ("evaluation_batch_size", evaluation_batch_size, 1),
-            ("images_per_epoch", images_per_epoch, batch_size),
-            ("evaluation_images", evaluation_images, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-        ):
+        for name, value, least in (("single_images", single_images, 0), ("evaluation_images", evaluation_images, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it is at least {least}")
         self.level, self.single_images, self.single_fraction = level, single_images, single_fraction
-        self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size
-        self.images_per_epoch, self.evaluation_images = images_per_epoch, evaluation_images
-        self.num_workers, self.seed = num_workers, seed
+        self.evaluation_images = evaluation_images
 
     def mix_at(self, number: int) -> dict[Level, float]:
         """Level mix of the run's batch `number`."""
@@ -399,24 +376,8 @@ class CaptionedShapes(pl.LightningDataModule):
             return {"single": 1.0}
         return {"single": self.single_fraction, self.level: 1 - self.single_fraction}
 
-    def train_dataloader(self) -> DataLoader:
-        processes = self.trainer.world_size
-        if self.batch_size % processes:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {processes} processes")
-        length, share = self.images_per_epoch // self.batch_size, (self.trainer.global_rank, processes)
-        batches = TrainingBatches(length, self.batch_size, self.mix_at, self.seed, share)
-        return self._loader(batches, self._numbers_to_come)
-
-    def _numbers_to_come(self) -> range:
-        """Of this epoch, counted from the beginning of the run; less than an epoch where a run resumes in the midst.
-
-        The step alone tells: the trainer does not know its epoch yet when workers prefetch the first batches.
-        """
-        length, limit = self.images_per_epoch // self.batch_size, self.trainer.limit_train_batches
-        batches = min(limit, length) if isinstance(limit, int) else int(limit * length)
-        accumulated = self.trainer.accumulate_grad_batches
-        epoch, step = divmod(self.trainer.global_step, -(-batches // accumulated))
-        return range(epoch * length + step * accumulated, (epoch + 1) * length)
+    def batches_of(self, length: int, share: tuple[int, int]) -> TrainingBatches:
+        return TrainingBatches(length, self.batch_size, self.mix_at, self.seed, share)
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation_loader(seed=0)
@@ -429,14 +390,4 @@ class CaptionedShapes(pl.LightningDataModule):
         batches = HeldOutBatches(
             scenes[self.trainer.global_rank :: self.trainer.world_size], self.evaluation_batch_size
         )
-        return self._loader(batches, lambda: range(len(batches)))
-
-    def _loader(self, batches: Dataset, numbers: Callable[[], range]) -> DataLoader:
-        return DataLoader(
-            batches,
-            batch_size=None,  # an item is a batch
-            sampler=BatchNumbers(batches, numbers),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self.loader(batches, lambda: range(len(batches)))

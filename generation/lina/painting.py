@@ -28,7 +28,8 @@ class Canvas:
 
     def keep(self, drawn: Tensor) -> Tensor:
         """`drawn` where the mask says so, elsewhere the picture."""
-        return torch.where(self.mask > 0.5, drawn.float(), self.pictures)
+        mask, pictures = self.mask.to(drawn.device), self.pictures.to(drawn.device)
+        return torch.where(mask > 0.5, drawn.float(), pictures)
 
 
 def prepare_canvas(image: Any, mask_image: Any, count: int, size: tuple[int, int], stride: int) -> Canvas | None:

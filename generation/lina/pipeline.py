@@ -1,39 +1,34 @@
 """Images from captions or classes with LINA, as a diffusers pipeline."""
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
 from generation.lina.embeddings import patchify, unpatchify
-from generation.lina.sampling import (
-    ORDERS,
-    Plan,
-    draw_tokens,
-    generation_order,
-    guidance_ramp,
-    predictions_per_step,
-)
+from generation.lina.painting import Canvas, outpainting_canvas, prepare_canvas, save_animation
+from generation.lina.sampling import draw_tokens
+from generation.lina.sampling_settings import SamplingSettings, check_choice, check_whole
 from generation.lina.text_features import encode_prompts, load_text_encoder
-from generation.lina.token_denoiser import FlowSchedule
 from generation.lina.transformer import LinaTransformer
+
+__all__ = ["LinaPipeline", "LinaPipelineOutput", "outpainting_canvas", "save_animation"]
 
 logger = logging.getLogger(__name__)
 
-FAST_SHARE, FAST_DIFFUSION_STEPS, FAST_LEAST_GUIDED = 2, 8, 0.25
-MOST_STEPS = 100_000
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MOST_IMAGES = 4096
+MOST_TOKENS = 65536  # of an image: 4096 x 4096 pixels of the published text-to-image models
 
 
 @dataclass
@@ -56,13 +51,18 @@ class LinaPipeline(DiffusionPipeline):
         transformer: the model.
         vae: `AutoencoderKL` or `TinyAutoencoder`.
         scheduler: holds the shift of the noise levels.
-        text_encoder: a `WordTextEncoder`, a `PackagedTextEncoder`, or a model of transformers with `tokenizer`; None for
-            class-conditional models, or if embeddings of prompts are given.
+        text_encoder: a `WordTextEncoder`, or a model of transformers with `tokenizer`; None for class-conditional
+            models, or if embeddings of prompts are given.
         tokenizer: of a text encoder of transformers.
+
+    Raises:
+        ValueError: the autoencoder's latents are not the transformer's.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ("text_encoder", "tokenizer")
+    # Its layers use weights directly, so that offloading must move it as a whole.
+    _exclude_from_cpu_offload = ("transformer",)
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]  # diffusers adds a list to it
     _callback_tensor_inputs = ("tokens",)
 
     def __init__(
@@ -74,22 +74,26 @@ class LinaPipeline(DiffusionPipeline):
         tokenizer: Any = None,
     ):
         super().__init__()
+        if vae.config.latent_channels != transformer.config.latent_channels:
+            raise ValueError(
+                f"vae has {vae.config.latent_channels} latent channels; the transformer needs "
+                f"{transformer.config.latent_channels}"
+            )
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         blocks = getattr(vae.config, "block_out_channels", None)
         self.vae_scale_factor = 2 ** (len(blocks) - 1) if blocks else vae.config.patch_size
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor,
-            do_resize=False,
-            do_normalize=False,
-            do_binarize=True,
-            do_convert_grayscale=True,
-        )
         self.text_encoder_folder: Path | None = None
-        self._finite: tuple[int, ...] = ()
-        self.interrupt = False  # a callback sets it to stop after the step, with what was drawn so far
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, 1.0, 0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "LinaPipeline":
+        """Load what `save_pretrained` wrote; options as of `DiffusionPipeline.from_pretrained`."""
+        if not is_accelerate_available():
+            options.setdefault("low_cpu_mem_usage", False)  # diffusers falls back to it as well, and complains
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_official(cls, path: str | Path, **options: Any) -> "LinaPipeline":
@@ -97,6 +101,25 @@ class LinaPipeline(DiffusionPipeline):
         from generation.lina.official_checkpoints import load_pipeline
 
         return load_pipeline(path, **options)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the last call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of autoregression of the last call: at most what was asked for."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after this step, with what was drawn so far; a callback sets it."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     @torch.no_grad()
     def __call__(
@@ -161,158 +184,114 @@ class LinaPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             return_steps: keep the pictures after each step.
             callback_on_step_end: called with the pipeline, the step, the number of known tokens and a dict of tensors;
-                what it returns under "tokens" is gone on with.
+                what it returns under "tokens" is gone on with. It may set `interrupt` of the pipeline.
             callback_on_step_end_tensor_inputs: of `tokens`, `[B, N, D]`.
 
         Raises:
             ValueError: an argument is out of range or two do not fit, or weights are not finite; nothing is drawn.
         """
-        config = self.transformer.config
-        height, width = self._check_size(height, width)
-        if fast:
-            num_inference_steps = -(-num_inference_steps // FAST_SHARE)
-            num_diffusion_steps = min(num_diffusion_steps, FAST_DIFFUSION_STEPS)
-            spacing, guidance_above = "trailing", max(guidance_above, FAST_LEAST_GUIDED)
-        self._check_arguments(
-            num_images_per_prompt=num_images_per_prompt,
+        settings = SamplingSettings(
             num_inference_steps=num_inference_steps,
             num_diffusion_steps=num_diffusion_steps,
-            last_diffusion_steps=num_diffusion_steps if last_diffusion_steps is None else last_diffusion_steps,
+            last_diffusion_steps=last_diffusion_steps,
             guidance_scale=guidance_scale,
-            min_guidance_scale=guidance_scale if min_guidance_scale is None else min_guidance_scale,
+            min_guidance_scale=min_guidance_scale,
             guidance_above=guidance_above,
-            order_strength=order_strength,
             spacing=spacing,
             order=order,
-            output_type=output_type,
+            order_strength=order_strength,
         )
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+        settings = settings.faster() if fast else settings
+        size = self._check_size(height, width)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        callback_inputs = list(callback_on_step_end_tensor_inputs)
+        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; valid are {self._callback_tensor_inputs}"
             )
         self._check_weights()
-        condition = self._condition(prompt, class_labels, prompt_embeds, "prompt")
-        prompts = len(condition)
-        images = prompts * num_images_per_prompt
-        if isinstance(generator, Sequence) and len(generator) != images:
-            raise ValueError(f"generator is a list of {len(generator)}; there are {images} images")
-        generator = list(generator) if isinstance(generator, Sequence) else generator
-        guided = guidance_scale != 1 or (min_guidance_scale or 1) != 1
-        negative = self._negative_condition(negative_prompt, negative_prompt_embeds, prompts) if guided else None
-        self.interrupt = False
+        condition = self._check_condition("prompt", prompt, class_labels, prompt_embeds)
+        copies = check_whole("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES)
+        images = check_whole("prompts times num_images_per_prompt", len(condition) * copies, 1, MOST_IMAGES)
+        negative = self._check_negative(negative_prompt, negative_prompt_embeds, len(condition))
+        generator = self._check_generator(generator, images)
+        stride = self.vae_scale_factor * self.transformer.config.patch_size
+        canvas = prepare_canvas(image, mask_image, images, size, stride)
+        self._interrupt, self._guidance_scale = False, settings.guidance_scale
 
-        device, dtype = self._execution_device, self.transformer.dtype
-        grid = self.transformer.grid_of((height // self.vae_scale_factor, width // self.vae_scale_factor))
-        tokens, known, original = self._known_tokens(image, mask_image, images, (height, width), grid)
-        count = int((~known[0]).sum())
-
-        encode = self.transformer.encode_condition
-        embed = self.transformer.embed_condition
-        context = encode(embed(condition), grid).repeat_interleave(num_images_per_prompt, 0)
-        unconditional = None
-        if guided:
-            unconditional = encode(embed(negative), grid)
-            copies = images if len(negative) == 1 else num_images_per_prompt
-            unconditional = unconditional.repeat_interleave(copies, 0)
-
-        def normal(*shape: int) -> Tensor:
-            return randn_tensor((images, *shape), generator=generator, device=device, dtype=dtype)
-
-        uniform = torch.special.ndtr(normal(grid[0] * grid[1]).float())
-        ranked = generation_order(grid, order, order_strength, uniform)
-        # Known tokens first, the others in their order.
-        drawn_order = ranked.gather(1, (~known.gather(1, ranked)).int().argsort(dim=1, stable=True))
-        predictions = [n for n in predictions_per_step(num_inference_steps, count) if n]
-        schedule = FlowSchedule(float(self.scheduler.config.shift))
-        last = num_diffusion_steps if last_diffusion_steps is None else last_diffusion_steps
-        diffusion_steps = torch.linspace(num_diffusion_steps, last, len(predictions)).round().int().tolist()
-        plan = Plan(
-            order=drawn_order,
-            known=grid[0] * grid[1] - count,
-            predictions=predictions,
-            guidance=guidance_ramp(guidance_scale, len(predictions), min_guidance_scale),
-            sigmas=[tuple(schedule.sampling_sigmas(steps, spacing).tolist()) for steps in diffusion_steps],
-            least_guided=guidance_above,
-        )
-        frames: list[Tensor] = []
+        condition, negative = self._embed_prompts(condition, negative if settings.guided else None)
+        grid = (size[0] // stride, size[1] // stride)
+        tokens, known = self._known_tokens(canvas, images, grid)
+        context, unconditional = self._encode_conditions(condition, negative, grid, copies)
+        uniform = torch.special.ndtr(self._normal((images, len(tokens[0])), generator, torch.float32))
+        plan = settings.plan(uniform, known, grid, float(self.scheduler.config.shift))
+        self._num_timesteps = len(plan.predictions)
         drawing = draw_tokens(
             self.transformer,
             context,
             unconditional,
             tokens,
             plan,
-            lambda step, wanted: normal(wanted.shape[1], tokens.shape[2]),
+            lambda step, wanted: self._normal((*wanted.shape, tokens.shape[2]), generator, tokens.dtype),
             grid=grid,
-            images_per_prompt=num_images_per_prompt,
+            images_per_prompt=copies,
         )
-        done = plan.known
-        with self.progress_bar(total=len(predictions)) as progress:
-            for step, tokens in enumerate(drawing):
-                done += predictions[step]
-                if return_steps:
-                    frames.append(self._frame(tokens, drawn_order, done, grid, original))
+        done, frames = plan.known, []
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for step, drawn in enumerate(drawing):
+                done += plan.predictions[step]
                 if callback_on_step_end is not None:
-                    returned = callback_on_step_end(self, step, done, {"tokens": tokens}) or {}
-                    if returned.get("tokens", tokens) is not tokens:
-                        tokens.copy_(returned["tokens"])
+                    offered = {name: drawn for name in callback_inputs}
+                    returned = (callback_on_step_end(self, step, done, offered) or {}).get("tokens", drawn)
+                    if returned is not drawn:
+                        drawn.copy_(returned)
+                if return_steps:
+                    # Pictures are made at the end: the autoencoder may have to wait for the transformer's place.
+                    frames.append((drawn.clone(), plan.order[:, :done]))
                 progress.update()
-                if self.interrupt:
+                if self._interrupt:
                     break
-        latents = unpatchify(tokens, grid, config.patch_size)
+        result = unpatchify(drawn, grid, self.transformer.config.patch_size)
         if output_type != "latent":
-            drawn = self._decode(latents)
-            drawn = drawn if original is None else torch.where(original[1] > 0.5, drawn, original[0])
-            latents = self.image_processor.postprocess(drawn, output_type)
-        steps = [list(each) for each in zip(*map(self._as_pictures, frames), strict=True)] if return_steps else None
+            result = self._pictures(result, canvas, output_type)
+        steps = [self._frame(*frame, grid, canvas) for frame in frames]
+        steps = [list(pictures) for pictures in zip(*steps, strict=True)] if return_steps else None
         self.maybe_free_model_hooks()
-        return LinaPipelineOutput(latents, steps) if return_dict else (latents, steps)
+        return LinaPipelineOutput(result, steps) if return_dict else (result, steps)
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = [side * self.vae_scale_factor for side in self.transformer.latent_size]
         multiple = 2 * self.vae_scale_factor * self.transformer.config.patch_size
         sizes = []
-        for name, given, default in (("height", height, own[0]), ("width", width, own[1])):
-            size = default if given is None else given
-            if not isinstance(size, int) or size < multiple or size % multiple:
-                raise ValueError(f"{name} is {size}; it must be a multiple of {multiple} pixels")
+        for name, given, own in zip(("height", "width"), (height, width), self.transformer.latent_size, strict=True):
+            size = own * self.vae_scale_factor if given is None else given
+            if isinstance(size, bool) or not isinstance(size, int) or size < multiple or size % multiple:
+                raise ValueError(f"{name} is {size!r}; it must be a multiple of {multiple} pixels")
             sizes.append(size)
+        if (count := 4 * (sizes[0] // multiple) * (sizes[1] // multiple)) > MOST_TOKENS:
+            raise ValueError(f"height and width are {sizes}; that makes {count} tokens, and at most {MOST_TOKENS} work")
         return sizes[0], sizes[1]
 
     @staticmethod
-    def _check_arguments(*, spacing: str, order: str, output_type: str, **numbers: float) -> None:
-        for name, value, choices in (
-            ("spacing", spacing, ("official", "trailing")),
-            ("order", order, ORDERS),
-            ("output_type", output_type, ("pil", "np", "pt", "latent")),
+    def _check_generator(generator: Any, images: int) -> Any:
+        several = isinstance(generator, Sequence)
+        if several and len(generator) != images:
+            raise ValueError(f"generator is a list of {len(generator)}; there are {images} images")
+        if generator is not None and not all(
+            isinstance(own, torch.Generator) for own in (generator if several else [generator])
         ):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; valid are {', '.join(map(repr, choices))}")
-        for name, value in numbers.items():
-            if name.startswith("num_") or name == "last_diffusion_steps":
-                if not isinstance(value, int) or not 1 <= value <= MOST_STEPS:
-                    raise ValueError(f"{name} is {value}; it must be a whole number from 1 to {MOST_STEPS}")
-            elif name in ("order_strength", "guidance_above"):
-                if not 0 <= value <= 1:
-                    raise ValueError(f"{name} is {value}; it lies between 0 and 1")
-            elif not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} is {value}; it must be a finite number, at least 0")
+            raise ValueError(f"generator is {generator!r}; it must be a torch.Generator, or one for each image")
+        return list(generator) if several else generator
 
     def _check_weights(self) -> None:
-        """Look for weights that are not finite, once as long as none is changed."""
-        parameters = dict(self.transformer.named_parameters())
-        stamp = tuple(0 if p.is_inference() else p._version for p in parameters.values())
-        stamp += tuple(p.data_ptr() for p in parameters.values())
-        if stamp == self._finite:
-            return
-        for name, parameter in parameters.items():
-            if not parameter.isfinite().all():
-                raise ValueError(f"transformer: the weights {name} are not finite; the checkpoint is damaged")
-        self._finite = stamp
+        for name, module in (("transformer", self.transformer), ("vae", self.vae), ("text_encoder", self.text_encoder)):
+            if isinstance(module, nn.Module) and not _largest(module.parameters()).isfinite():
+                wrong = next(key for key, p in module.named_parameters() if not p.isfinite().all())
+                raise ValueError(f"{name}: the weights {wrong} are not finite; the checkpoint is damaged")
 
-    def _condition(
-        self, prompt: Any, labels: Any, embeddings: Sequence[Tensor] | None, name: str
-    ) -> Sequence[Tensor] | Tensor:
-        """What the transformer embeds, of one of the three ways to say what to draw."""
+    def _check_condition(
+        self, name: str, prompt: Any, labels: Any, embeddings: Any
+    ) -> list[str] | Tensor | list[Tensor]:
+        """What to draw, of one of the three ways to say it."""
         given = [way for way in (prompt, labels, embeddings) if way is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {name}, class_labels and {name}_embeds, and not {len(given)} of them")
@@ -320,146 +299,141 @@ class LinaPipeline(DiffusionPipeline):
         if (labels is not None) != (classes is not None):
             raise ValueError(f"{name}: this model is conditioned on {'classes' if classes else 'captions'}")
         if labels is not None:
-            labels = torch.as_tensor(labels, device=self._execution_device).reshape(-1)
-            if labels.is_floating_point() or not len(labels) or labels.min() < 0 or labels.max() >= classes:
-                raise ValueError(
-                    f"class_labels is {labels.tolist()}; classes are whole numbers from 0 to {classes - 1}"
-                )
-            return labels
+            return self._check_labels(labels, classes)
         if embeddings is not None:
-            dim = self.transformer.config.text_dim
-            embeddings = list(embeddings)
+            dim, embeddings = self.transformer.config.text_dim, list(embeddings)
             if not embeddings or any(e.dim() != 2 or e.shape[1] != dim for e in embeddings):
-                raise ValueError(
-                    f"{name}_embeds has shapes {[tuple(e.shape) for e in embeddings]}; each is [length, {dim}]"
-                )
-            return [e.to(self._execution_device) for e in embeddings]
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(text, str) for text in prompts):
+                shapes = [tuple(e.shape) for e in embeddings]
+                raise ValueError(f"{name}_embeds has shapes {shapes}; each must be (length, {dim})")
+            if not all(e.isfinite().all() for e in embeddings):
+                raise ValueError(f"{name}_embeds holds numbers that are not finite")
+            return embeddings
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"{name} is {prompt!r}; it must be a string or a list of strings")
-        return self.encode_prompt(prompts)
+        return list(prompts)
 
-    def _negative_condition(self, prompt: Any, embeddings: Any, prompts: int) -> Sequence[Tensor] | Tensor:
-        """One for all prompts or one each."""
+    def _check_labels(self, labels: Any, classes: int) -> Tensor:
+        try:
+            tensor = torch.as_tensor(labels).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = torch.empty(0)
+        whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+        if not whole or not len(tensor) or tensor.min() < 0 or tensor.max() >= classes:
+            raise ValueError(f"class_labels is {labels!r}; classes are whole numbers from 0 to {classes - 1}")
+        return tensor.long()
+
+    def _check_negative(self, prompt: Any, embeddings: Any, prompts: int) -> list[str] | Tensor | list[Tensor]:
+        """What to lead away from: one for all prompts or one for each."""
         if prompt is None and embeddings is None:
             return self.transformer.unconditional(1)
-        condition = self._condition(prompt, None, embeddings, "negative_prompt")
+        condition = self._check_condition("negative_prompt", prompt, None, embeddings)
         if len(condition) not in (1, prompts):
             raise ValueError(f"negative_prompt has {len(condition)} entries; it has one, or one for each of {prompts}")
         return condition
 
-    def encode_prompt(self, prompts: Sequence[str]) -> list[Tensor]:
+    def _embed_prompts(self, condition: Any, negative: Any) -> tuple[Any, Any]:
+        """Both with features in place of prompts; a text encoder that has to be loaded is loaded once for both."""
+        both = [condition, negative]
+        texts = [each if isinstance(each, list) and isinstance(each[0], str) else [] for each in both]
+        features = self.encode_prompt(texts[0] + texts[1]) if any(texts) else []
+        if empty := sum(not len(own) for own in features[: len(texts[0])]):
+            logger.warning("%d of %d prompts are empty: these are drawn unconditionally", empty, len(texts[0]))
+        split = (features[: len(texts[0])], features[len(texts[0]) :])
+        return tuple(own if text else each for own, text, each in zip(split, texts, both, strict=True))
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> list[Tensor]:
         """Features `[length, text_dim]` of each prompt; none, `[0, text_dim]`, of an empty one, which is unconditional.
 
         The text encoder of an official checkpoint is loaded for this and freed again.
 
         Raises:
-            ValueError: there is no text encoder.
+            ValueError: there is no text encoder, or the model is not conditioned on captions.
         """
-        if empty := sum(not prompt.strip() for prompt in prompts):
-            logger.warning("%d of %d prompts are empty: these images are drawn unconditionally", empty, len(prompts))
-        encoder, tokenizer = self.text_encoder, self.tokenizer
+        prompts = self._check_condition("prompt", prompt, None, None)
+        worded = [text for text in prompts if text.strip()]
+        features = iter(self._features(worded) if worded else ())
+        nothing = self.transformer.text_embed.weight[:0]
+        return [(next(features) if text.strip() else nothing).to(self._execution_device) for text in prompts]
+
+    def _features(self, prompts: list[str]) -> list[Tensor]:
+        config, encoder, tokenizer = self.transformer.config, self.text_encoder, self.tokenizer
         if encoder is None and self.text_encoder_folder is not None:
             encoder, tokenizer = load_text_encoder(self.text_encoder_folder, self.transformer.dtype)
             encoder.to(self._execution_device)
         if encoder is None:
             raise ValueError("text_encoder is None; give prompt_embeds instead of prompt")
-        length = self.transformer.config.text_length
-        return [features.to(self._execution_device) for features in encode_prompts(encoder, tokenizer, prompts, length)]
+        features = encode_prompts(encoder, tokenizer, prompts, config.text_length)
+        if features[0].shape[1] != config.text_dim:
+            raise ValueError(
+                f"text_encoder gives {features[0].shape[1]} numbers a token; the transformer needs {config.text_dim}"
+            )
+        return features
 
-    def _known_tokens(
-        self, image: Any, mask_image: Any, images: int, size: tuple[int, int], grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Tokens `[B, N, D]`, which of them are known `[B, N]`, and the picture and mask they come from."""
+    def _encode_conditions(
+        self, condition: Any, negative: Any, grid: tuple[int, int], copies: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Contexts `[B, n, C]` of all images, and of what is led away from; each different one is computed once."""
+        transformer = self._present(self.transformer)
+
+        def encode(condition: Any, copies: int) -> Tensor:
+            if isinstance(condition, Tensor):
+                condition = condition.to(self._execution_device)
+            context = transformer.encode_condition(transformer.embed_condition(condition), grid)
+            return context.repeat_interleave(copies, 0)
+
+        if negative is None:
+            return encode(condition, copies), None
+        return encode(condition, copies), encode(negative, copies * len(condition) // len(negative))
+
+    def _known_tokens(self, canvas: Canvas | None, images: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, N, D]`, and which of them are known, `[B, N]`."""
         config, device, dtype = self.transformer.config, self._execution_device, self.transformer.dtype
         count, dim = grid[0] * grid[1], config.latent_channels * config.patch_size**2
-        if (image is None) != (mask_image is None):
-            raise ValueError("image and mask_image belong together; one of them is missing")
-        if image is None:
-            tokens = torch.zeros(images, count, dim, device=device, dtype=dtype)
-            return tokens, torch.zeros(images, count, dtype=torch.bool, device=device), None
-        pictures = self.image_processor.preprocess(image).to(device, dtype)
-        masks = self.mask_processor.preprocess(mask_image).to(device, dtype)[:, :1]
-        for name, tensor in (("image", pictures), ("mask_image", masks)):
-            if tensor.shape[0] not in (1, images) or tuple(tensor.shape[2:]) != size:
-                raise ValueError(
-                    f"{name} has {tensor.shape[0]} pictures of {tuple(tensor.shape[2:])} pixels; needed are 1 or "
-                    f"{images} of {size}"
-                )
-        stride = self.vae_scale_factor * config.patch_size
-        drawn = F.max_pool2d(masks, stride).flatten(1) > 0.5
-        counts = drawn.sum(1)
-        if not counts.min() or counts.min() != counts.max():
-            raise ValueError(
-                f"mask_image asks for {counts.tolist()} tokens of each picture; they must be equal, and at least 1"
-            )
-        distribution = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
-        latents = (distribution.mode() - self._shift) * self.vae.config.scaling_factor
-        tokens = patchify(latents.to(dtype), config.patch_size)
-        expanded = [x.expand(images, *x.shape[1:]) for x in (tokens, ~drawn, pictures, masks)]
-        return expanded[0], expanded[1], (expanded[2], expanded[3])
+        if canvas is None:
+            nothing = torch.zeros(images, count, dtype=torch.bool, device=device)
+            return torch.zeros(images, count, dim, device=device, dtype=dtype), nothing
+        vae = self._present(self.vae)
+        latents = vae.encode(canvas.pictures.to(device, vae.dtype)).latent_dist.mode()
+        latents = (latents - self._shift) * vae.config.scaling_factor
+        return patchify(latents.to(dtype), config.patch_size), ~canvas.unknown.to(device)
+
+    def _normal(self, shape: tuple[int, ...], generator: Any, dtype: torch.dtype) -> Tensor:
+        """Normal numbers `shape`, of each image from its own generator; the same ones whatever the dtype."""
+        drawn = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        return drawn.to(dtype)
+
+    @staticmethod
+    def _present(module: nn.Module) -> nn.Module:
+        """`module`, brought to the device if it is offloaded: by itself it comes only when its `forward` is called."""
+        hook = getattr(module, "_hf_hook", None)
+        if hasattr(hook, "pre_forward"):
+            hook.pre_forward(module)
+        return module
 
     @property
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor", None) or 0.0
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """`[B, 3, h, w]` pictures of latents, about [-1, 1]."""
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(latents, return_dict=False)[0]
+    def _pictures(self, latents: Tensor, canvas: Canvas | None, output_type: str, drawn: Tensor | None = None) -> Any:
+        """Pictures of latents, what is not `drawn` `[B, 1, H, W]` grey, and what is kept of the canvas in its place."""
+        vae = self._present(self.vae)
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._shift
+        pictures = vae.decode(latents, return_dict=False)[0].float()
+        pictures = pictures if drawn is None else pictures * drawn
+        pictures = pictures if canvas is None else canvas.keep(pictures)
+        return self.image_processor.postprocess(pictures, output_type)
 
-    def _frame(
-        self, tokens: Tensor, order: Tensor, done: int, grid: tuple[int, int], original: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Pictures of the tokens drawn so far, grey where there are none."""
-        drawn = torch.zeros_like(order, dtype=tokens.dtype).scatter_(1, order[:, :done], 1.0).unflatten(1, grid)
-        stride = self.vae_scale_factor * self.transformer.config.patch_size
+    def _frame(self, tokens: Tensor, done: Tensor, grid: tuple[int, int], canvas: Canvas | None) -> list[Image.Image]:
+        """Pictures of the tokens `done`, `[B, k]` indices, the others grey."""
+        patch_size = self.transformer.config.patch_size
+        drawn = torch.zeros(tokens.shape[:2], device=tokens.device).scatter_(1, done, 1.0).unflatten(1, grid)
+        stride = self.vae_scale_factor * patch_size
         drawn = drawn.repeat_interleave(stride, 1).repeat_interleave(stride, 2)[:, None]
-        pictures = self._decode(unpatchify(tokens, grid, self.transformer.config.patch_size)) * drawn
-        return pictures if original is None else torch.where(original[1] > 0.5, pictures, original[0])
-
-    def _as_pictures(self, frame: Tensor) -> list[Image.Image]:
-        return self.image_processor.postprocess(frame, "pil")
+        return self._pictures(unpatchify(tokens, grid, patch_size), canvas, "pil", drawn)
 
 
-def outpainting_canvas(
-    image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
-) -> tuple[Image.Image, Image.Image]:
-    """`image` and `mask_image` for drawing what lies around a picture.
-
-    Args:
-        image: the picture.
-        left: pixels to draw at its left; `top`, `right` and `bottom` accordingly.
-
-    Raises:
-        ValueError: a margin is negative, or all are zero.
-    """
-    margins = {"left": left, "top": top, "right": right, "bottom": bottom}
-    if min(margins.values()) < 0 or not any(margins.values()):
-        raise ValueError(f"margins are {margins}; none may be negative and one must be above 0")
-    size = (image.width + left + right, image.height + top + bottom)
-    canvas, mask = Image.new("RGB", size, (128, 128, 128)), Image.new("L", size, 255)
-    canvas.paste(image.convert("RGB"), (left, top))
-    mask.paste(0, (left, top, left + image.width, top + image.height))
-    return canvas, mask
-
-
-def save_animation(steps: Sequence[Image.Image], path: str | Path, seconds: float = 3.0, magnify: int = 1) -> None:
-    """Write the pictures after each step as an animated GIF or WebP that pauses at its end.
-
-    Args:
-        steps: of one image, `LinaPipelineOutput.steps[i]`.
-        path: ends in .gif or .webp.
-        seconds: that the steps take together.
-        magnify: whole factor on their size.
-
-    Raises:
-        ValueError: there are no steps or the name ends in something else.
-    """
-    path = Path(path)
-    if not steps or path.suffix.lower() not in (".gif", ".webp"):
-        raise ValueError(f"path is {str(path)!r} and there are {len(steps)} steps; needed are .gif or .webp, and steps")
-    frames = [step.resize((step.width * magnify, step.height * magnify), Image.Resampling.NEAREST) for step in steps]
-    duration = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
-    duration[-1] += 1500
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+def _largest(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Largest magnitude of all, NaN if any is."""
+    return nn.utils.get_total_norm([p.detach() for p in parameters], norm_type=float("inf"))

@@ -111,7 +111,7 @@ class SamplingSettings:
         given = int(known[0].sum())
         ranked = generation_order(grid, self.order, self.order_strength, uniform)
         # Known tokens first, the others in their order.
-        order = ranked.gather(1, (~known.gather(1, ranked)).int().argsort(1, stable=True))
+        order = ranked.gather(1, (~known.gather(1, ranked)).int().argsort(dim=1, stable=True))
         predictions = [n for n in predictions_per_step(self.num_inference_steps, known.shape[1] - given) if n]
         last = self.num_diffusion_steps if self.last_diffusion_steps is None else self.last_diffusion_steps
         diffusion_steps = torch.linspace(self.num_diffusion_steps, last, len(predictions)).round().int().tolist()

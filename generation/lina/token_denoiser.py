@@ -188,7 +188,7 @@ class SamplingDenoiser:
             noise: `[B, k, p p C]`.
             condition: `[B, k, W]`; with guidance `[2 B, k, W]`, the unconditional ones behind.
             sigmas: noise levels, descending from 1 to 0; their embeddings are kept.
-            guidance: g in v_unconditional + g (v_conditional - v_unconditional); not used unless `condition` is doubled.
+            guidance: g in v_unconditional + g (v_conditional - v_unconditional); unused if `condition` is not doubled.
             least_guided: below this noise level there is no guidance.
 
         Returns:

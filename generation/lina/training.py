@@ -62,7 +62,8 @@ class LinaTraining(pl.LightningModule):
         self.save_hyperparameters()
         self.transformer = LinaTransformer(**transformer)
         self.text_encoder = None if text_encoder is None else WordTextEncoder(**text_encoder)
-        self.autoencoder = TinyAutoencoder.from_pretrained(autoencoder).requires_grad_(False).eval()
+        self.autoencoder = TinyAutoencoder.from_pretrained(autoencoder, low_cpu_mem_usage=False)
+        self.autoencoder.requires_grad_(False).eval()
         self.schedule = FlowSchedule(shift)
         self.average = EMAModel(self._trained(), decay=ema_decay)
 

@@ -127,7 +127,7 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         self.video_pos_embed = FramePositionEmbedding(width)
         self.text_embed = TextEmbedding(text_dim, width, text_length) if text_dim else None
         self.label_embed = LabelEmbedding(num_classes, width) if num_classes else None
-        self.value_bank = nn.Parameter(torch.randn(value_bank, width) * 0.02) if value_bank else None
+        self.shared_values = nn.Parameter(torch.randn(value_bank, width) * 0.02) if value_bank else None
         self._initialize()
 
     def _check_arguments(self) -> None:
@@ -228,7 +228,7 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         a text prefix, else 0."""
         beginning = self.mask_embed.bos_token + self.video_pos_embed((grid[0] // 2, grid[1] // 2))
         beginning = beginning.to(embedded.dtype).expand(len(embedded), -1, -1)
-        context = self.video_encoder(embedded, beginning, self.value_bank)
+        context = self.video_encoder(embedded, beginning, self.shared_values)
         return torch.cat([embedded, context], 1) if self.config.text_prefix else context
 
     def encode_image(
@@ -240,7 +240,7 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         wanted: Tensor | None = None,
     ) -> Tensor:
         """Conditions of the token denoiser: see `ImageEncoder.forward`."""
-        return self.image_encoder(tokens, context, self.mask_embed.mask_token, grid, known, wanted, self.value_bank)
+        return self.image_encoder(tokens, context, self.mask_embed.mask_token, grid, known, wanted, self.shared_values)
 
     def draw(
         self,

@@ -1,0 +1,90 @@
+"""Training data without an end, drawn by number: a batch depends on the seed and on its number in the run alone.
+
+So a run gives the same batches with any number of processes or workers, and again when it is resumed in mid-epoch.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class BatchNumbers(DistributedSampler):
+    """Numbers of the batches to come, asked for when an epoch begins; the same in every process.
+
+    It is a DistributedSampler so that Lightning does not put its own, which would share out batches, in its place.
+    """
+
+    def __init__(self, dataset: Dataset, numbers: Callable[[], range]) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers())
+
+
+class NumberedBatches(pl.LightningDataModule):
+    """Data whose training batches are drawn by number; `batches_of` says how.
+
+    Args:
+        batch_size: images of an optimiser step, over all processes together.
+        evaluation_batch_size: images of a batch in validation and test, per process.
+        images_per_epoch: an epoch's length, since there is no end of images; rounded down to whole batches.
+        num_workers: processes that draw; 0 draws in the main one.
+        seed: of the training batches.
+    """
+
+    def __init__(
+        self, batch_size: int, evaluation_batch_size: int, images_per_epoch: int, num_workers: int, seed: int
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("evaluation_batch_size", evaluation_batch_size, 1),
+            ("images_per_epoch", images_per_epoch, batch_size),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it is at least {least}")
+        self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size
+        self.images_per_epoch, self.num_workers, self.seed = images_per_epoch, num_workers, seed
+
+    @abstractmethod
+    def batches_of(self, length: int, share: tuple[int, int]) -> Dataset:
+        """A dataset of `length` batches whose item i is batch i of the run.
+
+        Args:
+            share: (rank, processes): this process takes every so-many-th image of each batch.
+        """
+
+    def train_dataloader(self) -> DataLoader:
+        processes = self.trainer.world_size
+        if self.batch_size % processes:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {processes} processes")
+        share = (self.trainer.global_rank, processes)
+        return self.loader(self.batches_of(self.images_per_epoch // self.batch_size, share), self._numbers_to_come)
+
+    def _numbers_to_come(self) -> range:
+        """Of this epoch, counted from the beginning of the run; less than an epoch where a run resumes in the midst.
+
+        The step alone tells: the trainer does not know its epoch yet when workers prefetch the first batches.
+        """
+        length, limit = self.images_per_epoch // self.batch_size, self.trainer.limit_train_batches
+        batches = min(limit, length) if isinstance(limit, int) else int(limit * length)
+        accumulated = self.trainer.accumulate_grad_batches
+        epoch, step = divmod(self.trainer.global_step, -(-batches // accumulated))
+        return range(epoch * length + step * accumulated, (epoch + 1) * length)
+
+    def loader(self, batches: Dataset, numbers: Callable[[], range]) -> DataLoader:
+        """Of a dataset whose items are whole batches."""
+        return DataLoader(
+            batches,
+            batch_size=None,  # an item is a batch
+            sampler=BatchNumbers(batches, numbers),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
