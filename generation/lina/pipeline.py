@@ -1,7 +1,7 @@
 """Images from captions or classes with LINA, as a diffusers pipeline."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from generation.lina.sampling import draw_tokens
 from generation.lina.sampling_settings import SamplingSettings, check_choice, check_whole
 from generation.lina.text_features import encode_prompts, load_text_encoder
 from generation.lina.transformer import LinaTransformer
+from generation.lina.weights import align, not_finite
 
 __all__ = ["LinaPipeline", "LinaPipelineOutput", "outpainting_canvas", "save_animation"]
 
@@ -93,7 +94,11 @@ class LinaPipeline(DiffusionPipeline):
         """Load what `save_pretrained` wrote; options as of `DiffusionPipeline.from_pretrained`."""
         if not is_accelerate_available():
             options.setdefault("low_cpu_mem_usage", False)  # diffusers falls back to it as well, and complains
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                align(component)
+        return pipeline
 
     @classmethod
     def from_official(cls, path: str | Path, **options: Any) -> "LinaPipeline":
@@ -284,8 +289,7 @@ class LinaPipeline(DiffusionPipeline):
 
     def _check_weights(self) -> None:
         for name, module in (("transformer", self.transformer), ("vae", self.vae), ("text_encoder", self.text_encoder)):
-            if isinstance(module, nn.Module) and not _largest(module.parameters()).isfinite():
-                wrong = next(key for key, p in module.named_parameters() if not p.isfinite().all())
+            if isinstance(module, nn.Module) and (wrong := not_finite(module)):
                 raise ValueError(f"{name}: the weights {wrong} are not finite; the checkpoint is damaged")
 
     def _check_condition(
@@ -432,8 +436,3 @@ class LinaPipeline(DiffusionPipeline):
         stride = self.vae_scale_factor * patch_size
         drawn = drawn.repeat_interleave(stride, 1).repeat_interleave(stride, 2)[:, None]
         return self._pictures(unpatchify(tokens, grid, patch_size), canvas, "pil", drawn)
-
-
-def _largest(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Largest magnitude of all, NaN if any is."""
-    return nn.utils.get_total_norm([p.detach() for p in parameters], norm_type=float("inf"))

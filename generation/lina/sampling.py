@@ -44,10 +44,10 @@ def generation_order(grid: tuple[int, int], kind: str, strength: float, uniform:
         `[B, N]` indices.
     """
     if kind == "random":
-        return uniform.argsort(1)
+        return uniform.argsort(dim=1, stable=True)
     places = torch.arange(grid[0] * grid[1], device=uniform.device)
     rank = places if kind == "raster" else _spiral(grid).to(uniform.device).argsort()
-    return (strength * rank / len(places) + (1 - strength) * uniform).argsort(1)
+    return (strength * rank / len(places) + (1 - strength) * uniform).argsort(dim=1, stable=True)
 
 
 def _spiral(grid: tuple[int, int]) -> Tensor:

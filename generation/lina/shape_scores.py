@@ -133,7 +133,8 @@ class ShapeReport(pl.Callback):
                 save_image(pictures[:48] / 2 + 0.5, folder / f"{level}.png", nrow=8)
             metrics |= {f"sensitivity/{word}": value for word, value in word_sensitivity(module).items()}
         torch.set_rng_state(state)
-        trainer.logger.log_metrics(metrics, trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
         correct = ", ".join(f"{level} {metrics[f'{level}/all_correct']:.3f}" for level in self.levels)
         print(f"\nstep {trainer.global_step}: all correct {correct}", flush=True)
 
@@ -181,7 +182,8 @@ def main(arguments: list[str]) -> None:
         }
         scores = score(pipeline, level, options.prompts, options.seed, spacing="trailing", **settings)
         rows.append({"level": level, **settings, **scores})
-        values = "  ".join(f"{scores[name]:{len(name)}.3f}" if name in scores else " " * len(name) for name in COLUMNS)
+        cells = (f"{scores[name]:.3f}" if name in scores else "" for name in COLUMNS)
+        values = "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
         print(f"{level:8}{guidance:9g}{steps:6}{diffusion_steps:10}{fast!s:>6}  {values}", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"model": options.model, "prompts": options.prompts, "scores": rows}, indent=1))

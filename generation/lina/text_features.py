@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from generation.lina.weights import not_finite
+
 logger = logging.getLogger(__name__)
 
 SHOWN = 60  # characters of a prompt in a message
@@ -62,7 +64,6 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]
         raise ValueError(f"{place} or {folder / 'tokenizer'} cannot be loaded: {error}") from error
     if wrong := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ValueError(f"{place}: {len(wrong)} tensors are missing or of a wrong shape, the first {wrong[0]}")
-    for name, parameter in encoder.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{place}: the tensor {name} is not finite")
+    if wrong := not_finite(encoder):
+        raise ValueError(f"{place}: the tensor {wrong} is not finite")
     return encoder.requires_grad_(False).eval(), tokenizer

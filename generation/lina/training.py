@@ -27,7 +27,7 @@ class LinaTraining(pl.LightningModule):
         transformer: arguments of `LinaTransformer`.
         autoencoder: folder of a trained `TinyAutoencoder`; it is frozen.
         text_encoder: arguments of a `WordTextEncoder` trained along, None where batches hold features or labels.
-        learning_rate: of AdamW, reached after `warmup_steps`, kept for `flat` of the run, then on a cosine to 1 % of it.
+        learning_rate: of AdamW, reached after `warmup_steps`, kept for `flat` of the run, then falling to 1 % of it.
         betas: of AdamW.
         weight_decay: of everything but the norms, as published.
         warmup_steps: of a linear warm-up.
@@ -65,6 +65,7 @@ class LinaTraining(pl.LightningModule):
         self.autoencoder = TinyAutoencoder.from_pretrained(autoencoder, low_cpu_mem_usage=False)
         self.autoencoder.requires_grad_(False).eval()
         self.schedule = FlowSchedule(shift)
+        self.seed = torch.initial_seed() % 2**31 * 2**20
         self.average = EMAModel(self._trained(), decay=ema_decay)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -98,24 +99,35 @@ class LinaTraining(pl.LightningModule):
         return patchify(latents, self.transformer.config.patch_size)
 
     def loss(self, batch: dict[str, Any], dropout: float, generator: torch.Generator | None = None) -> Tensor:
+        """The loss of a batch, of whose captions a share `dropout` is not told; `generator` lies on the model's device."""
         tokens = self.tokens_of(batch["image"])
         condition = self.condition_of(batch)
-        dropped = torch.rand(len(tokens), generator=generator) < dropout
+        dropped = torch.rand(len(tokens), generator=generator, device=tokens.device) < dropout
         nothing = self.transformer.unconditional(len(tokens))
         if isinstance(condition, Tensor):
-            condition = torch.where(dropped.to(condition.device), nothing, condition)
+            condition = torch.where(dropped, nothing, condition)
         else:
-            condition = [n if drop else c for n, c, drop in zip(nothing, condition, dropped, strict=True)]
+            condition = [n if drop else c for n, c, drop in zip(nothing, condition, dropped.tolist(), strict=True)]
         settings = self.hparams
         draw = self.transformer.draw(tokens, self.schedule, settings.loss_repeat, settings.least_masked, generator)
         return self.transformer(tokens, condition, draw, self.schedule)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        loss = self.loss(batch, self.hparams.prompt_dropout)
+        # Noise depends on the seed, the step and the process alone, so that a resumed run draws what it would have drawn.
+        generator = torch.Generator(self.device).manual_seed((self.seed + self.global_step) * 4096 + self.global_rank)
+        loss = self.loss(batch, self.hparams.prompt_dropout, generator)
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate")
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
         return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """The loss, with the same noise at every validation, of the weights and of their moving average."""
+        with self.averaged():
+            averaged = self.loss(batch, 0.0, torch.Generator(self.device).manual_seed(batch_index))
+        loss = self.loss(batch, 0.0, torch.Generator(self.device).manual_seed(batch_index))
+        losses, size = {"val/loss": loss, "val/loss_of_average": averaged}, len(batch["image"])
+        self.log_dict(losses, prog_bar=True, sync_dist=True, batch_size=size)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.average.step(self._trained())

@@ -1,0 +1,25 @@
+"""Weights as they lie in memory: whether they are numbers, and where they begin."""
+
+from torch import nn
+
+ALIGNMENT = 64  # bytes, of PyTorch's allocator
+
+
+def not_finite(module: nn.Module) -> str | None:
+    """The name of a parameter that holds NaN or infinity, None if none does."""
+    parameters = dict(module.named_parameters())
+    # One number is looked at, so that a GPU is waited for once.
+    if nn.utils.get_total_norm([p.detach() for p in parameters.values()], norm_type=float("inf")).isfinite():
+        return None
+    return next((name for name, parameter in parameters.items() if not parameter.isfinite().all()), None)
+
+
+def align(module: nn.Module) -> None:
+    """Copy weights that lie in a mapped file, at any byte, to where they would lie in a new model.
+
+    The last bits of matrix products depend on it on CPU, and a model that is loaded shall draw what it drew when it was
+    saved.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()

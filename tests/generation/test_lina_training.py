@@ -1,0 +1,273 @@
+"""Training of LINA: it learns, it can be resumed exactly, and it says what is wrong."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from generation.lina.autoencoder import TinyAutoencoder
+from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
+from generation.lina.pipeline import LinaPipeline
+from generation.lina.shape_scores import ShapeReport, word_sensitivity
+from generation.lina.token_denoiser import FlowSchedule
+from generation.lina.training import LinaTraining
+from generation.lina.transformer import LinaTransformer
+
+TRANSFORMER = {
+    "width": 16,
+    "num_heads": 2,
+    "context_depth": 1,
+    "encoder_depth": 1,
+    "decoder_depth": 1,
+    "denoiser_width": 24,
+    "denoiser_depth": 1,
+    "latent_channels": 6,
+    "latent_size": (8, 8),
+    "patch_size": 2,
+    "text_dim": 16,
+    "text_length": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    network = TinyAutoencoder(width=8, encoder_blocks=0, decoder_blocks=0)
+    network.whiten(draw(held_out_prompts("single", 32)))
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+def training(autoencoder: str, **options) -> LinaTraining:
+    torch.manual_seed(0)
+    text_encoder = {"dim": 16, "num_heads": 2}
+    return LinaTraining(TRANSFORMER, autoencoder, text_encoder, **{"warmup_steps": 2, **options})
+
+
+def trainer(folder: Path, steps: int, **options) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        max_steps=steps,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+class StopAfter(pl.Callback):
+    """Ends a training as a signal would: between two steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+def weights(module: LinaTraining) -> dict[str, Tensor]:
+    averages = {f"average.{i}": tensor for i, tensor in enumerate(module.average.shadow_params)}
+    return {**{name: p.detach().clone() for name, p in module.named_parameters()}, **averages}
+
+
+def test_one_batch_is_learned_by_heart(autoencoder):
+    module = training(autoencoder, learning_rate=3e-3, loss_repeat=4, prompt_dropout=0.0)
+    batch = CaptionedShapes("single", batch_size=4)
+    batch.trainer = trainer(Path(), 1)
+    images = next(iter(batch.train_dataloader()))
+    optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
+    losses = []
+    for _ in range(150):
+        loss = module.loss(images, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[:5]) / 5 > 1.5
+    assert sum(losses[-20:]) / 20 < 0.6 * sum(losses[:5]) / 5
+
+
+def test_resumed_training_ends_with_the_same_weights(autoencoder, tmp_path):
+    def data() -> CaptionedShapes:
+        return CaptionedShapes("single", batch_size=4, images_per_epoch=16)
+
+    straight = training(autoencoder)
+    pl.seed_everything(1, verbose=False)
+    trainer(tmp_path, 7).fit(straight, data())
+
+    first = training(autoencoder)
+    pl.seed_everything(1, verbose=False)
+    half = trainer(tmp_path, 7, callbacks=[StopAfter(steps=3)])
+    half.fit(first, data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    second = training(autoencoder)
+    torch.manual_seed(99)
+    trainer(tmp_path, 7).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+    expected, resumed = weights(straight), weights(second)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_moving_average_starts_fast_and_is_given_back(autoencoder, tmp_path):
+    module = training(autoencoder, ema_decay=0.99)
+    trainer(tmp_path, 3).fit(module, CaptionedShapes("single", batch_size=4, images_per_epoch=16))
+    before = weights(module)
+    with module.averaged():
+        assert not module.transformer.training
+        inside = [p.detach().clone() for p in module._trained()]
+    assert all(torch.equal(a, b) for a, b in zip(inside, module.average.shadow_params, strict=True))
+    assert any(not torch.equal(a, p) for a, p in zip(inside, module._trained(), strict=True))
+    after = weights(module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert module.transformer.training
+
+
+def test_loss_that_is_not_finite_stops_the_run(autoencoder, tmp_path):
+    module = training(autoencoder)
+    torch.nn.init.constant_(module.transformer.mask_embed.mask_token, math.nan)
+    with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
+        trainer(tmp_path, 3).fit(module, CaptionedShapes("single", batch_size=4, images_per_epoch=16))
+
+
+def test_norms_are_not_decayed_and_frozen_parameters_not_trained(autoencoder):
+    module = training(autoencoder)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    norms = [p for m in module.transformer.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()]
+    trained_norms = {id(p) for p in norms if p.requires_grad}
+    undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert trained_norms <= undecayed
+    everything = {id(p) for group in groups for p in group["params"]}
+    frozen = [module.transformer.video_pos_embed, module.transformer.video_encoder.patch_embed, module.autoencoder]
+    assert not everything & {id(p) for network in frozen for p in network.parameters()}
+
+
+def test_unconditional_captions_are_dropped_prompts(autoencoder):
+    module = training(autoencoder).eval()
+    batch = {"image": torch.rand(3, 3, 32, 32), "caption": ["a red circle", "a blue square", "a green triangle"]}
+    nothing = batch | {"caption": ["", "", ""]}
+    dropped, empty = (
+        module.loss(b, dropout, torch.Generator().manual_seed(3)) for b, dropout in ((batch, 1.0), (nothing, 0.0))
+    )
+    torch.testing.assert_close(dropped, empty)
+
+
+def test_share_of_masked_tokens_follows_the_recipe():
+    model = LinaTransformer(**TRANSFORMER)
+    tokens, schedule, generator = torch.zeros(2, 16, 24), FlowSchedule(), torch.Generator().manual_seed(0)
+    draws = [model.draw(tokens, schedule, 1, 0.7, generator) for _ in range(400)]
+    known = torch.tensor([draw.known.shape[1] for draw in draws])
+    assert known.max() <= 5
+    # The mean of a normal distribution with mean 1 and deviation 0.25 cut to [0.7, 1] is 0.868.
+    assert abs((1 - known.float().mean() / 16).item() - 0.868) < 0.02
+    assert all(len(set(row.tolist())) == len(row) for draw in draws[:20] for row in draw.known)
+    levels = torch.cat([draw.level.flatten() for draw in draws])
+    assert levels.min() >= 0
+    assert levels.max() <= 999
+    assert abs(levels.float().mean() - 500) < 15
+
+
+def test_report_scores_the_average_and_changes_nothing(autoencoder, tmp_path):
+    settings = {"every_n_steps": 2, "prompts": 4, "num_inference_steps": 2, "num_diffusion_steps": 1}
+    report = ShapeReport(levels=("single",), **settings)
+    plain, reported = training(autoencoder), training(autoencoder)
+    for module, callbacks in ((plain, []), (reported, [report])):
+        pl.seed_everything(1, verbose=False)
+        runner = trainer(tmp_path, 4, callbacks=callbacks)
+        runner.fit(module, CaptionedShapes("single", batch_size=4, images_per_epoch=16))
+    expected, actual = weights(plain), weights(reported)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert (tmp_path / "single.png").is_file()
+    pipeline = LinaPipeline.from_pretrained(tmp_path / "pipeline", low_cpu_mem_usage=False)
+    averages = dict(zip((id(p) for p in reported._trained()), reported.average.shadow_params, strict=True))
+    name = "image_encoder.norm.weight"
+    saved = pipeline.transformer.get_parameter(name)
+    assert torch.equal(saved, averages[id(reported.transformer.get_parameter(name))])
+
+
+def test_validation_is_the_same_every_time(autoencoder, tmp_path):
+    module = training(autoencoder)
+    data = CaptionedShapes("single", evaluation_batch_size=4, evaluation_images=8)
+    runner = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    first, second = (runner.validate(module, data, verbose=False)[0] for _ in range(2))
+    assert first == second
+    assert first["val/loss"] == pytest.approx(first["val/loss_of_average"], rel=1e-6)  # before any step
+
+
+def test_sensitivity_to_words(autoencoder):
+    module = training(autoencoder).eval()
+    assert all(value > 0 for value in word_sensitivity(module).values())
+
+
+def test_command_line_trains_and_resumes(autoencoder, tmp_path, monkeypatch):
+    from generation.training import main
+
+    settings = {
+        "model": {
+            "class_path": "generation.lina.training.LinaTraining",
+            "init_args": {
+                "autoencoder": autoencoder,
+                "transformer": {**TRANSFORMER, "latent_size": [8, 8]},
+                "text_encoder": {"dim": 16, "num_heads": 2},
+            },
+        },
+        "data": {
+            "class_path": "generation.lina.captioned_shapes.CaptionedShapes",
+            "init_args": {"level": "single", "batch_size": 4, "images_per_epoch": 8},
+        },
+        "trainer": {"max_steps": 2, "limit_val_batches": 0, "enable_progress_bar": False, "accelerator": "cpu"},
+    }
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", "small.yaml"])
+    assert (tmp_path / "runs/small/0/checkpoints/last.ckpt").is_file()
+    main(["fit", "--config", "small.yaml", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    resumed = torch.load(tmp_path / "runs/small/1/checkpoints/last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 4
+    with pytest.raises(ValueError, match="no run in .* has a checkpoint"):
+        main(["fit", "--config", "small.yaml", "--experiment", "other", "--ckpt_path", "last"])
+
+
+def test_ablation_skips_what_is_done(autoencoder, tmp_path, capsys, monkeypatch):
+    from generation.lina import ablation
+
+    monkeypatch.setattr(ablation, "TIMED_STEPS", 1)
+    monkeypatch.setattr(ablation, "WARM_UP_STEPS", 1)
+    settings = {
+        "model": {
+            "autoencoder": autoencoder,
+            "transformer": {**TRANSFORMER, "latent_size": [8, 8]},
+            "text_encoder": {"dim": 16, "num_heads": 2},
+        },
+        "data": {"level": "single", "batch_size": 4},
+        "variants": {"division": {}, "value_bank": {"value_bank": 4}},
+        "seeds": [0],
+        "cpu_seconds": 0.01,
+        "prompts": 4,
+        "output": str(tmp_path / "results"),
+    }
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    ablation.main(["--config", str(file)])
+    first = capsys.readouterr().out
+    assert "value_bank, seed 0: 1 steps" in first
+    rows = json.loads((tmp_path / "results/ablation.json").read_text())
+    assert [row["variant"] for row in rows] == ["division", "value_bank"]
+    ablation.main(["--config", str(file)])
+    again = capsys.readouterr().out
+    assert "seed 0: 1 steps" not in again
+    assert [line for line in first.splitlines() if line.startswith("|")] == [
+        line for line in again.splitlines() if line.startswith("|")
+    ]
+    assert (tmp_path / "results/ablation.png").is_file()
