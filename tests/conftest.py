@@ -53,6 +53,11 @@ if find_spec("triton") is not None:
     triton.runtime.driver.set_active(_InterpreterDriver())
 
 
+# `with torch.device(...)` lists the allocators when it is first used: it shall find the real ones, not those below.
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)

@@ -1,6 +1,7 @@
 """Every YAML of the suite is a valid configuration of its command line, and its header says how to run it."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import vision  # noqa: F401  registers the models
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARISONS = sorted((CONFIGS / "vision").glob("compare_*.yaml"))
 VISION = sorted({*(CONFIGS / "vision").glob("*.yaml")} - {*COMPARISONS})  # one training each
+ABLATIONS = sorted((CONFIGS / "generation").glob("*_ablation.yaml"))
+GENERATION = sorted({*(CONFIGS / "generation").glob("*.yaml")} - {*ABLATIONS})
 SIZES = ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "h_tiny", "h_small", "h_base")
 # The models that the paper of Gated-SwinRMT compares, by their parameters with 100 and with 10 classes.
 RETENTION = {
@@ -25,8 +28,7 @@ RETENTION_DATA = {"mini_imagenet": ("ClassFolders", 224, 128), "cifar10": ("Cifa
 
 def printed_configuration(path, capsys):
     """The whole configuration as `--print_config` shows it: parsed, typed and with every default."""
-    from vision.training import main
-
+    main = import_module(f"{path.parent.name}.training").main
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(path), "--print_config"])
     printed = capsys.readouterr()
@@ -35,7 +37,8 @@ def printed_configuration(path, capsys):
 
 
 def test_no_yaml_is_left_out():
-    assert {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")} == {*VISION, *COMPARISONS}
+    found = {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")}
+    assert found == {*VISION, *COMPARISONS, *GENERATION, *ABLATIONS}
 
 
 @pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
@@ -45,6 +48,32 @@ def test_vision_yaml_is_a_valid_configuration(path, capsys):
     assert settings["model"].items() >= written["model"].items()
     assert settings["trainer"]["max_epochs"] == written["trainer"]["max_epochs"]
     assert settings["data"]["class_path"] == written["data"]["class_path"]
+
+
+@pytest.mark.parametrize("path", GENERATION, ids=lambda path: path.stem)
+def test_generation_yaml_is_a_valid_configuration(path, capsys):
+    """Parsed whole, and model, data and callbacks are built of it."""
+    settings = printed_configuration(path, capsys)
+    written = yaml.safe_load(path.read_text())
+    for part in (written["model"], written["data"], *written["trainer"].get("callbacks", [])):
+        module, _, name = part["class_path"].rpartition(".")
+        getattr(import_module(module), name)(**part["init_args"])
+    assert settings["trainer"]["max_steps"] == written["trainer"]["max_steps"]
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"python -m generation fit --config configs/generation/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_ablation_yaml_builds_every_variant(path):
+    from generation.lina.ablation import Ablation, build
+
+    ablation = Ablation(**yaml.safe_load(path.read_text()))
+    parameters = {}
+    for variant in ablation.variants:
+        module, _ = build(ablation, variant, seed=0)
+        parameters[variant] = sum(parameter.numel() for parameter in module.transformer.parameters())
+    assert len(set(parameters.values())) > 3
+    assert f"python -m generation ablation --config configs/generation/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", [*VISION, *COMPARISONS], ids=lambda path: path.stem)

@@ -186,5 +186,6 @@ def main(arguments: list[str]) -> None:
         values = "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
         print(f"{level:8}{guidance:9g}{steps:6}{diffusion_steps:10}{fast!s:>6}  {values}", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"model": options.model, "prompts": options.prompts, "scores": rows}, indent=1))
+    report = {"model": options.model, "prompts": options.prompts, "scores": rows}
+    options.output.write_text(json.dumps(report, indent=1))
     print(f"written to {options.output}")

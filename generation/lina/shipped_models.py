@@ -9,6 +9,11 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 SHIPPED = {"shapes": "lina_shapes", "openmoji": "lina_openmoji"}
 
 
+def folder_of(model: str | Path) -> Path:
+    """Of a shipped model, by its name, or else the path that `model` is."""
+    return CHECKPOINTS / SHIPPED[model] if model in SHIPPED else Path(model)
+
+
 def load_pipeline(model: str | Path) -> LinaPipeline:
     """Load a pipeline, in float32 and evaluation mode.
 
@@ -18,7 +23,7 @@ def load_pipeline(model: str | Path) -> LinaPipeline:
     Raises:
         ValueError: it is neither.
     """
-    folder = CHECKPOINTS / SHIPPED[model] if model in SHIPPED else Path(model)
+    folder = folder_of(model)
     index = folder / "model_index.json"
     if not index.is_file():
         shipped = [name for name, path in SHIPPED.items() if (CHECKPOINTS / path).is_dir()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from generation.lina.autoencoder import TinyAutoencoder
 from generation.lina.embeddings import patchify
+from generation.lina.shipped_models import SHIPPED, folder_of
 from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.token_denoiser import FlowSchedule
 from generation.lina.transformer import LinaTransformer
@@ -25,7 +26,7 @@ class LinaTraining(pl.LightningModule):
 
     Args:
         transformer: arguments of `LinaTransformer`.
-        autoencoder: folder of a trained `TinyAutoencoder`; it is frozen.
+        autoencoder: folder of a trained `TinyAutoencoder`, or the shipped model whose it is; it is frozen.
         text_encoder: arguments of a `WordTextEncoder` trained along, None where batches hold features or labels.
         learning_rate: of AdamW, reached after `warmup_steps`, kept for `flat` of the run, then falling to 1 % of it.
         betas: of AdamW.
@@ -62,7 +63,9 @@ class LinaTraining(pl.LightningModule):
         self.save_hyperparameters()
         self.transformer = LinaTransformer(**transformer)
         self.text_encoder = None if text_encoder is None else WordTextEncoder(**text_encoder)
-        self.autoencoder = TinyAutoencoder.from_pretrained(autoencoder, low_cpu_mem_usage=False)
+        self.autoencoder = TinyAutoencoder.from_pretrained(
+            folder_of(autoencoder) / "vae" if autoencoder in SHIPPED else autoencoder, low_cpu_mem_usage=False
+        )
         self.autoencoder.requires_grad_(False).eval()
         self.schedule = FlowSchedule(shift)
         self.seed = torch.initial_seed() % 2**31 * 2**20
@@ -99,7 +102,7 @@ class LinaTraining(pl.LightningModule):
         return patchify(latents, self.transformer.config.patch_size)
 
     def loss(self, batch: dict[str, Any], dropout: float, generator: torch.Generator | None = None) -> Tensor:
-        """The loss of a batch, of whose captions a share `dropout` is not told; `generator` lies on the model's device."""
+        """The loss of a batch, of whose captions a share `dropout` is kept secret; `generator` is on the same device."""
         tokens = self.tokens_of(batch["image"])
         condition = self.condition_of(batch)
         dropped = torch.rand(len(tokens), generator=generator, device=tokens.device) < dropout
@@ -113,7 +116,7 @@ class LinaTraining(pl.LightningModule):
         return self.transformer(tokens, condition, draw, self.schedule)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        # Noise depends on the seed, the step and the process alone, so that a resumed run draws what it would have drawn.
+        # Noise depends on seed, step and process alone, so that a resumed run draws what it would have drawn.
         generator = torch.Generator(self.device).manual_seed((self.seed + self.global_step) * 4096 + self.global_rank)
         loss = self.loss(batch, self.hparams.prompt_dropout, generator)
         if not math.isfinite(loss.item()):

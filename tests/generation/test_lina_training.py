@@ -235,7 +235,7 @@ def test_command_line_trains_and_resumes(autoencoder, tmp_path, monkeypatch):
     main(["fit", "--config", "small.yaml", "--ckpt_path", "last", "--trainer.max_steps", "4"])
     resumed = torch.load(tmp_path / "runs/small/1/checkpoints/last.ckpt", weights_only=True)
     assert resumed["global_step"] == 4
-    with pytest.raises(ValueError, match="no run in .* has a checkpoint"):
+    with pytest.raises(ValueError, match=r"no run in .* has a checkpoint"):
         main(["fit", "--config", "small.yaml", "--experiment", "other", "--ckpt_path", "last"])
 
 
