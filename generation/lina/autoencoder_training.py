@@ -25,12 +25,9 @@ from generation.lina.openmoji import CaptionedEmoji, split_emoji, to_signed
 from generation.lina.shape_checker import check
 
 Data = Literal["shapes", "emoji"]
-# Arguments of the autoencoder of each kind of data. 48 x 48 pixels of emoji become 8 x 8 x 16 numbers, so that a
-# transformer with patches of 2 x 2 draws them with 16 tokens, as many as it needs for shapes.
-AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "shapes": {},
-    "emoji": {"patch_size": 6, "latent_channels": 16, "width": 96, "decoder_blocks": 3},
-}
+# Arguments of the autoencoder of each kind of data. 48 x 48 pixels of emoji become 12 x 12 x 8 numbers, which a
+# transformer with patches of 2 x 2 draws with 36 tokens.
+AUTOENCODERS: dict[str, dict[str, Any]] = {"shapes": {}, "emoji": {"latent_channels": 8}}
 
 
 class TinyAutoencoderTraining(pl.LightningModule):

@@ -52,8 +52,11 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]
         ValueError: a file is missing or damaged, or weights are missing or not finite.
     """
     from transformers import AutoTokenizer, PhiModel
+    from transformers.utils import logging as transformers_logging
 
     place = folder / "text_encoder"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it reports that the head, which is not wanted, is left out
     try:
         encoder, report = PhiModel.from_pretrained(
             place, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True
@@ -62,6 +65,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]
     # transformers raises whatever the reader of the damaged file raises.
     except Exception as error:
         raise ValueError(f"{place} or {folder / 'tokenizer'} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if wrong := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ValueError(f"{place}: {len(wrong)} tensors are missing or of a wrong shape, the first {wrong[0]}")
     if wrong := not_finite(encoder):

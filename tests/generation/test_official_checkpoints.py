@@ -113,7 +113,7 @@ def write_text_encoder(folder: Path) -> None:
         hidden_size=12,
         intermediate_size=16,
         num_hidden_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=3,
         max_position_embeddings=32,
     )
     PhiForCausalLM(config).save_pretrained(folder / "text_encoder")

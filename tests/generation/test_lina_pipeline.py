@@ -1,0 +1,427 @@
+"""LINA's pipeline on a tiny model: seeds and batches, guidance, painting, callbacks, saving, and what it refuses."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from generation.lina.autoencoder import TinyAutoencoder
+from generation.lina.pipeline import LinaPipeline, outpainting_canvas, save_animation
+from generation.lina.text_encoder import WordTextEncoder
+from generation.lina.transformer import LinaTransformer
+
+STEPS = {"num_inference_steps": 5, "num_diffusion_steps": 3, "guidance_scale": 3.0}
+SMALL = {
+    "width": 32,
+    "num_heads": 2,
+    "context_depth": 1,
+    "encoder_depth": 1,
+    "decoder_depth": 2,
+    "denoiser_depth": 1,
+    "latent_channels": 6,
+    "latent_size": (8, 8),
+    "patch_size": 2,
+}
+
+
+def make(**conditioning) -> LinaPipeline:
+    """A pipeline whose every weight matters."""
+    torch.manual_seed(0)
+    transformer = LinaTransformer(**SMALL, **conditioning)
+    vae = TinyAutoencoder(width=8)
+    for parameter in (*transformer.parameters(), *vae.parameters()):
+        if not parameter.any() or (parameter == 1).all():
+            torch.nn.init.normal_(parameter.data, mean=parameter.data.mean().item(), std=0.1)
+    encoder = WordTextEncoder(dim=16, num_heads=2) if transformer.text_embed is not None else None
+    pipeline = LinaPipeline(transformer.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(), encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline() -> LinaPipeline:
+    return make(text_dim=16, text_length=12)
+
+
+@pytest.fixture
+def by_class() -> LinaPipeline:
+    return make(num_classes=4)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def draw(pipeline: LinaPipeline, *arguments, seed: int = 0, **options) -> Tensor:
+    options = {"generator": seeds(seed)[0], "output_type": "pt", **STEPS} | options
+    return pipeline(*arguments, **options).images
+
+
+def count_encodings(pipeline: LinaPipeline, monkeypatch) -> list[int]:
+    """Batches that the image encoder sees from now on."""
+    batches, encode = [], pipeline.transformer.encode_image
+    monkeypatch.setattr(
+        pipeline.transformer, "encode_image", lambda tokens, *a: batches.append(len(tokens)) or encode(tokens, *a)
+    )
+    return batches
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_an_image_depends_on_its_generator_alone(pipeline, copies):
+    prompts = ["a red circle", "", "a blue square"]
+    count = len(prompts) * copies
+    options = {"negative_prompt": ["yellow", "", "green"], "num_images_per_prompt": copies}
+    together = draw(pipeline, prompts, generator=seeds(*range(count)), **options)
+    assert together.shape == (count, 3, 32, 32)
+    for k in range(count):
+        own = {"negative_prompt": options["negative_prompt"][k // copies], "generator": seeds(k)}
+        assert_close(draw(pipeline, prompts[k // copies], **own)[0], together[k], atol=1e-5, rtol=0)
+    assert len({image.flatten()[0].item() for image in together}) == count
+
+
+def test_one_generator_for_all(pipeline):
+    first = draw(pipeline, ["red", "blue"])
+    assert torch.equal(first, draw(pipeline, ["red", "blue"]))
+    assert not torch.equal(first, draw(pipeline, ["red", "blue"], seed=1))
+    assert not torch.equal(first[0], first[1])
+    assert draw(pipeline, "red", generator=None).isfinite().all()
+
+
+def test_what_is_drawn_follows_prompts_and_guidance(pipeline):
+    plain = draw(pipeline, "a red circle")
+    assert (draw(pipeline, "a blue circle") - plain).abs().max() > 1e-3
+    assert (draw(pipeline, "a red circle", "blue") - plain).abs().max() > 1e-4
+    assert (draw(pipeline, "a red circle", guidance_scale=1.5) - plain).abs().max() > 1e-3
+    assert (draw(pipeline, "a red circle", min_guidance_scale=1.0) - plain).abs().max() > 1e-3
+    assert_close(draw(pipeline, "a red circle", negative_prompt=""), plain)
+    assert_close(draw(pipeline, "a red circle", min_guidance_scale=3.0), plain)
+
+
+def test_no_guidance_skips_the_unconditional_branch(pipeline, monkeypatch):
+    batches = count_encodings(pipeline, monkeypatch)
+    draw(pipeline, "red", "blue", guidance_scale=1)
+    assert set(batches) == {1}
+    batches.clear()
+    draw(pipeline, "red", guidance_scale=1, min_guidance_scale=0)
+    assert batches == [2, 2, 2, 2, 1]  # the ramp ends at 1
+    batches.clear()
+    draw(pipeline, "red", num_images_per_prompt=3)
+    assert batches == [2, 6, 6, 6, 6]  # the first step is shared
+
+
+def test_the_unconditional_context_is_computed_once(pipeline, monkeypatch):
+    batches, encode = [], pipeline.transformer.encode_condition
+    monkeypatch.setattr(
+        pipeline.transformer,
+        "encode_condition",
+        lambda embedded, grid: batches.append(len(embedded)) or encode(embedded, grid),
+    )
+    draw(pipeline, ["red", "blue"], num_images_per_prompt=2)
+    assert batches == [2, 1]
+
+
+def test_prompt_embeds(pipeline):
+    features = pipeline.encode_prompt(["a red circle", "blue"])
+    drawn = draw(pipeline, ["a red circle", "blue"], "green")
+    negative = pipeline.encode_prompt("green")
+    options = {"prompt_embeds": features, "negative_prompt_embeds": negative}
+    assert_close(draw(pipeline, **options), drawn, atol=1e-5, rtol=0)
+    pipeline.text_encoder = None
+    assert_close(draw(pipeline, **options), drawn, atol=1e-5, rtol=0)
+    assert draw(pipeline, "").isfinite().all()
+    with pytest.raises(ValueError, match="give prompt_embeds instead of prompt"):
+        draw(pipeline, "red")
+
+
+def test_empty_and_long_prompts_are_reported(pipeline, caplog):
+    with caplog.at_level(logging.WARNING):
+        empty = draw(pipeline, "", "blue", guidance_scale=1)
+    assert "1 of 1 prompts are empty" in caplog.text
+    assert_close(draw(pipeline, "  ", guidance_scale=1), empty)
+    caplog.clear()
+    draw(pipeline, "red", "")
+    assert not caplog.records
+    draw(pipeline, "red " * 13)
+    assert "has 13 words; those after the first 12 are cut" in caplog.text
+    pipeline.text_encoder = WordTextEncoder(dim=16, num_heads=2, max_length=30)
+    draw(pipeline, "red " * 29)
+    assert "has 29 tokens; those after the first 12 are cut" in caplog.text
+
+
+def test_classes(by_class):
+    drawn = draw(by_class, class_labels=[0, 3], generator=seeds(0, 1), min_guidance_scale=1.0)
+    for k, label in enumerate((0, torch.tensor(3))):
+        alone = draw(by_class, class_labels=label, generator=seeds(k), min_guidance_scale=1.0)
+        assert_close(alone[0], drawn[k], atol=1e-5, rtol=0)
+    for labels in (4, -1, 1.5, [], True, "cat", [0, 9]):
+        with pytest.raises(ValueError, match=r"class_labels is .*; classes are whole numbers from 0 to 3"):
+            draw(by_class, class_labels=labels)
+    for arguments in ({"prompt": "red"}, {"class_labels": 0, "negative_prompt": "red"}):
+        with pytest.raises(ValueError, match="this model is conditioned on classes"):
+            draw(by_class, **arguments)
+
+
+def test_output_types(pipeline):
+    tensor = draw(pipeline, ["red", "blue"])
+    assert tensor.min() >= 0
+    assert tensor.max() <= 1
+    array = draw(pipeline, ["red", "blue"], output_type="np")
+    assert_close(torch.from_numpy(array).permute(0, 3, 1, 2), tensor)
+    pictures = draw(pipeline, ["red", "blue"], output_type="pil")
+    assert np.array_equal(np.asarray(pictures[1]), (array[1] * 255).round().astype("uint8"))
+    latents = draw(pipeline, ["red", "blue"], output_type="latent")
+    assert latents.shape == (2, 6, 8, 8)
+    with torch.no_grad():
+        assert_close((pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1), tensor)
+    images, steps = pipeline("red", **STEPS, return_dict=False)
+    assert (len(images), steps) == (1, None)
+
+
+def test_steps_callbacks_and_animation(pipeline, tmp_path):
+    seen = []
+
+    def callback(pipe, step, known, tensors):
+        seen.append((step, known, tensors["tokens"].shape))
+        return {}
+
+    output = pipeline(["red", "blue"], **STEPS, generator=seeds(0, 1), return_steps=True, callback_on_step_end=callback)
+    assert [known for _, known, _ in seen] == [1, 3, 7, 11, 16]
+    assert seen[0] == (0, 1, (2, 16, 24))
+    assert (pipeline.num_timesteps, pipeline.guidance_scale) == (5, 3.0)
+    assert [len(steps) for steps in output.steps] == [5, 5]
+    assert output.steps[1][-1].tobytes() == output.images[1].tobytes()
+    grey = np.asarray(output.steps[0][0]) == np.asarray(128)
+    assert grey.all(-1).sum() >= 15 * 64
+    for name in ("drawing.gif", "drawing.webp"):
+        save_animation(output.steps[0], tmp_path / name, magnify=2)
+        with Image.open(tmp_path / name) as animation:
+            assert (animation.n_frames, animation.size) == (5, (64, 64))
+    with pytest.raises(ValueError, match=r"needed are .gif or .webp"):
+        save_animation(output.steps[0], tmp_path / "drawing.png")
+
+
+def test_callbacks_change_tokens_and_interrupt(pipeline):
+    def zero(pipe, step, known, tensors):
+        pipe.interrupt = step == 1
+        return {"tokens": torch.zeros_like(tensors["tokens"])}
+
+    options = {"generator": seeds(0)[0], **STEPS, "output_type": "latent"}
+    output = pipeline("red", **options, return_steps=True, callback_on_step_end=zero)
+    assert not output.images.any()
+    assert len(output.steps[0]) == 2
+    assert draw(pipeline, "red", output_type="latent").all()
+    names = []
+    draw(
+        pipeline, "red", callback_on_step_end_tensor_inputs=[], callback_on_step_end=lambda *a: names.append(list(a[3]))
+    )
+    assert names == [[]] * 5
+
+
+def test_progress_bar(pipeline, capsys):
+    pipeline.set_progress_bar_config(disable=False, desc="drawing")
+    draw(pipeline, "red")
+    assert "drawing: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(32, 48), (32, 16), (64, 64)])
+def test_other_sizes(pipeline, size):
+    height, width = size
+    images = draw(pipeline, ["red", "blue"], height=height, width=width, generator=seeds(0, 1))
+    assert images.shape == (2, 3, height, width)
+    alone = draw(pipeline, "blue", height=height, width=width, generator=seeds(1))
+    assert_close(alone[0], images[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "raster"},
+        {"order": "spiral", "order_strength": 0.5},
+        {"spacing": "trailing"},
+        {"last_diffusion_steps": 1},
+        {"guidance_above": 0.5},
+        {"num_inference_steps": 100},
+        {"num_inference_steps": 1},
+        {"fast": True},
+        {"fast": True, "last_diffusion_steps": 9},
+    ],
+    ids=str,
+)
+def test_ways_to_draw(pipeline, options):
+    drawn = draw(pipeline, "red", **options)
+    assert drawn.isfinite().all()
+    assert not torch.equal(drawn, draw(pipeline, "red"))
+
+
+def test_fast_is_what_its_docstring_says(pipeline):
+    options = {"num_inference_steps": 9, "num_diffusion_steps": 25}
+    same = {"num_inference_steps": 5, "num_diffusion_steps": 8, "spacing": "trailing", "guidance_above": 0.25}
+    assert torch.equal(draw(pipeline, "red", fast=True, **options), draw(pipeline, "red", **same))
+
+
+def test_in_painting_keeps_what_is_not_masked(pipeline):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:20, 10:15] = 255
+    pictures = [picture, picture.rotate(90)]
+    options = {"image": pictures, "mask_image": Image.fromarray(mask), "output_type": "pil", "return_steps": True}
+    output = pipeline(["red", "blue"], **STEPS, generator=seeds(0, 1), **options)
+    for drawn, steps, original in zip(output.images, output.steps, pictures, strict=True):
+        for image in (drawn, *steps):
+            assert np.array_equal(np.asarray(image)[mask == 0], np.asarray(original)[mask == 0])
+        assert not np.array_equal(np.asarray(drawn), np.asarray(original))
+    assert pipeline.num_timesteps <= 5
+    # What is known matters for what is drawn, and the picture's form does not.
+    array = np.asarray(picture)[None] / np.float32(255)
+    single = draw(pipeline, "red", image=picture, mask_image=Image.fromarray(mask))
+    as_array = draw(pipeline, "red", image=array, mask_image=mask / np.float32(255))
+    as_tensor = draw(
+        pipeline, "red", image=torch.from_numpy(array).permute(0, 3, 1, 2), mask_image=torch.tensor(mask > 0)
+    )
+    assert_close(as_array, single, atol=1e-5, rtol=0)
+    assert_close(as_tensor, single, atol=1e-5, rtol=0)
+    other = draw(pipeline, "red", image=picture.convert("L").convert("RGBA"), mask_image=Image.fromarray(mask))
+    assert (other - single)[..., torch.from_numpy(mask > 0)].abs().max() > 1e-3
+
+
+def test_outpainting(pipeline):
+    picture = Image.new("RGB", (32, 24), (10, 200, 30))
+    canvas, mask = outpainting_canvas(picture, left=16, bottom=8)
+    assert canvas.size == mask.size == (48, 32)
+    options = {"image": canvas, "mask_image": mask, "height": 32, "width": 48, "output_type": "pil"}
+    drawn = np.asarray(draw(pipeline, "red", num_images_per_prompt=2, generator=seeds(0, 1), **options)[1])
+    assert (drawn[:24, 16:] == (10, 200, 30)).all()
+    assert drawn[24:].std() > 0
+    for margins in ({}, {"left": -1, "right": 8}):
+        with pytest.raises(ValueError, match="none may be negative and one must be above 0"):
+            outpainting_canvas(picture, **margins)
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_saved_and_loaded(kind, tmp_path, caplog):
+    conditioning, options = ({"text_dim": 16, "text_length": 12}, {"prompt": ["a red circle", "zebra"]})
+    if kind == "class":
+        conditioning, options = {"num_classes": 4}, {"class_labels": [0, 3]}
+    pipeline = make(**conditioning)
+    drawn = draw(pipeline, **options)
+    pipeline.save_pretrained(tmp_path)
+    loaded = LinaPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, **options), drawn)
+    assert "accelerate" not in caplog.text
+    half = LinaPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert {half.transformer.dtype, half.vae.dtype} == {torch.bfloat16}
+    rounded = draw(half, **options)
+    assert rounded.isfinite().all()
+    assert (rounded - drawn).abs().mean() < 0.15
+    assert torch.equal(draw(half, **options), rounded)
+
+
+def test_moving_and_components(pipeline):
+    again = LinaPipeline(**pipeline.components)
+    assert again.transformer is pipeline.transformer
+    pipeline.to("meta")
+    assert pipeline.device.type == "meta"
+    assert {parameter.device.type for parameter in pipeline.transformer.parameters()} == {"meta"}
+
+
+def test_offloaded_modules_are_fetched_before_their_weights_are_used(pipeline):
+    """Weights are used without `forward`, which is all that accelerate hooks into."""
+    fetched = []
+    for name in ("transformer", "vae"):
+        module = getattr(pipeline, name)
+        hook = SimpleNamespace(pre_forward=lambda module, *_, name=name: fetched.append(name))
+        module._hf_hook = hook
+    picture, mask = Image.new("RGB", (32, 32)), Image.new("L", (32, 32), 255)
+    pipeline.transformer._hf_hook.execution_device = pipeline.vae._hf_hook.execution_device = torch.device("cpu")
+    draw(pipeline, "red", image=picture, mask_image=mask, return_steps=True)
+    assert fetched[:3] == ["vae", "transformer", "vae"]
+
+
+PICTURE, MASK = Image.new("RGB", (32, 32)), Image.new("L", (32, 32), 255)
+REFUSED = {
+    "nothing": ({}, "give one of prompt, class_labels and prompt_embeds, and not 0"),
+    "two": ({"prompt": "red", "prompt_embeds": [torch.zeros(1, 16)]}, "and not 2"),
+    "number as prompt": ({"prompt": 3}, "prompt is 3; it must be a string or a list of strings"),
+    "no prompts": ({"prompt": []}, r"prompt is \[\]"),
+    "mixed prompts": ({"prompt": ["red", None]}, "it must be a string or a list of strings"),
+    "class": ({"class_labels": 0}, "this model is conditioned on captions"),
+    "shape of embeds": ({"prompt_embeds": [torch.zeros(2, 5)]}, r"each must be \(length, 16\)"),
+    "NaN in embeds": ({"prompt_embeds": [torch.full((2, 16), float("nan"))]}, "not finite"),
+    "negatives": ({"prompt": ["a", "b", "c"], "negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries"),
+    "height": ({"prompt": "red", "height": 36}, "height is 36; it must be a multiple of 16 pixels"),
+    "no height": ({"prompt": "red", "height": 0}, "height is 0"),
+    "width": ({"prompt": "red", "width": 32.0}, "width is 32.0"),
+    "bool as width": ({"prompt": "red", "width": True}, "width is True"),
+    "huge": ({"prompt": "red", "height": 16 * 10**5, "width": 16 * 10**5}, "at most 65536 work"),
+    **{
+        f"{name}={value}": ({"prompt": "red", name: value}, f"{name} is {value}; it must be a whole number from 1 to ")
+        for name in ("num_inference_steps", "num_diffusion_steps", "last_diffusion_steps", "num_images_per_prompt")
+        for value in (0, -1, 10**6, True, 2.0, float("nan"))
+    },
+    **{
+        f"{name}={value}": ({"prompt": "red", name: value}, f"{name} is '?{value}'?; it must be a ")
+        for name in ("guidance_scale", "min_guidance_scale", "guidance_above", "order_strength")
+        for value in (float("nan"), float("inf"), -1.0, True, "much")
+    },
+    "strong order": ({"prompt": "red", "order_strength": 1.1}, "must be a number from 0 to 1"),
+    "order": ({"prompt": "red", "order": "snake"}, "order is 'snake'; valid are 'random', 'raster', 'spiral'"),
+    "spacing": ({"prompt": "red", "spacing": "even"}, "spacing is 'even'; valid are"),
+    "fast and wrong": ({"prompt": "red", "fast": True, "num_inference_steps": "8"}, "num_inference_steps is '8'"),
+    "output": ({"prompt": "red", "output_type": "jpg"}, "output_type is 'jpg'; valid are 'pil'"),
+    "generators": ({"prompt": ["red", "blue"], "generator": seeds(0)}, "generator is a list of 1; there are 2 images"),
+    "no generator": ({"prompt": "red", "generator": 5}, "generator is 5; it must be a torch.Generator"),
+    "tensor inputs": ({"prompt": "red", "callback_on_step_end_tensor_inputs": ["latents"]}, "valid are .*tokens"),
+    "image alone": ({"prompt": "red", "image": PICTURE}, "mask_image is None; image and mask_image belong together"),
+    "mask alone": ({"prompt": "red", "mask_image": MASK}, "image is None"),
+    "other image size": (
+        {"prompt": "red", "image": PICTURE.resize((16, 32)), "mask_image": MASK},
+        r"of \(32, 16\) pixels",
+    ),
+    "other mask size": ({"prompt": "red", "image": PICTURE, "mask_image": MASK.resize((8, 8))}, "mask_image has 1"),
+    "three images": ({"prompt": "red", "image": [PICTURE] * 3, "mask_image": MASK}, "image has 3 pictures"),
+    "bytes": (
+        {"prompt": "red", "image": np.full((32, 32, 3), 200, np.uint8), "mask_image": MASK},
+        "numbers from 0 to 1",
+    ),
+    "black mask": (
+        {"prompt": "red", "image": PICTURE, "mask_image": Image.new("L", (32, 32))},
+        r"asks for \[0\] tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_is_drawn(pipeline, name, monkeypatch):
+    monkeypatch.setattr(pipeline.transformer, "encode_condition", lambda *_: pytest.fail("it began"))
+    arguments, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        pipeline(**arguments)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_damaged_weights_are_named(pipeline, component, monkeypatch):
+    draw(pipeline, "red")
+    name, parameter = list(getattr(pipeline, component).named_parameters())[3]
+    parameter.data.flatten()[0] = float("nan")
+    monkeypatch.setattr(pipeline.transformer, "encode_condition", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=f"{component}: the weights {name} are not finite"):
+        draw(pipeline, "red")
+
+
+def test_parts_that_do_not_fit():
+    pipeline = make(num_classes=2)
+    with pytest.raises(ValueError, match="vae has 4 latent channels; the transformer needs 6"):
+        LinaPipeline(pipeline.transformer, TinyAutoencoder(latent_channels=4), pipeline.scheduler)
+    encoder = WordTextEncoder(dim=8, num_heads=2)
+    wrong = LinaPipeline(make(text_dim=16).transformer, pipeline.vae, pipeline.scheduler, encoder)
+    with pytest.raises(ValueError, match="text_encoder gives 8 numbers a token; the transformer needs 16"):
+        draw(wrong, "red")
