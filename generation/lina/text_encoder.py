@@ -50,6 +50,7 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         buckets: embeddings for all other words together.
         dim: channels of the output.
         num_heads: of the attention; divides `dim`.
+        depth: transformer blocks.
         max_length: words of a prompt at most; a longer one is cut, with a warning.
     """
 
@@ -61,25 +62,27 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         dim: int = 128,
         num_heads: int = 4,
         mlp_ratio: int = 2,
+        depth: int = 1,
         max_length: int = 12,
     ) -> None:
         super().__init__()
-        for name in ("buckets", "dim", "num_heads", "mlp_ratio", "max_length"):
+        for name in ("buckets", "dim", "num_heads", "mlp_ratio", "depth", "max_length"):
             if self.config[name] < 1:
                 raise ValueError(f"{name} is {self.config[name]}; it is at least 1")
-        if dim % num_heads:
-            raise ValueError(f"dim is {dim}; it must be a multiple of num_heads, {num_heads}")
+        if dim % num_heads or dim % 2:
+            raise ValueError(f"dim is {dim}; it must be a multiple of num_heads, {num_heads}, and of 2")
         if isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary):
             raise ValueError(f"vocabulary is {vocabulary!r}; it must be a list of different words")
         if wrong := [word for word in vocabulary if WORD.findall(word.lower()) != [word]]:
             raise ValueError(f"vocabulary holds {wrong[0]!r}; entries are single lower-case words without punctuation")
         self.index_of = {word: index for index, word in enumerate(vocabulary)}
         self.embedding = nn.Embedding(len(vocabulary) + buckets, dim)
-        self.positions = nn.Parameter(torch.empty(max_length, dim))
-        self.block = TransformerBlock(dim, num_heads, mlp_ratio)
+        # As large as the words: with faint positions a model reads captions as bags of words for a long time.
+        angles = torch.outer(torch.arange(max_length), 100.0 ** -torch.linspace(0, 1, dim // 2))
+        self.positions = nn.Parameter(torch.cat([angles.sin(), angles.cos()], 1))
+        self.blocks = nn.ModuleList([TransformerBlock(dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.embedding.weight)
-        nn.init.normal_(self.positions, std=0.1)
         self._tokens_of: dict[str, list[int]] = {}
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -114,7 +117,9 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         padded = torch.tensor([tokens[i] + [-1] * (longest - len(tokens[i])) for i in worded], device=self.device)
         is_word = padded >= 0
         x = self.embedding(padded.clamp_min(0)) + self.positions[:longest]  # (B, L, C)
-        x = self.norm(self.block(x, is_word))
+        for block in self.blocks:
+            x = block(x, is_word)
+        x = self.norm(x)
         # One split, not a slice a prompt: the gradient of every slice would fill a whole (B, L, C).
         for i, own in zip(worded, x[is_word].split([len(tokens[i]) for i in worded]), strict=True):
             encoded[i] = own
