@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
-from generation.lina.shape_scores import pipeline_of, score
+from generation.lina.shape_scores import score
 from generation.lina.training import LinaTraining
 from generation.training import prepare_process
 
@@ -117,7 +117,7 @@ def run(ablation: Ablation, variant: str, seed: int) -> dict[str, Any]:
     with module.averaged():
         loss = held_out_loss(module, data)
         settings = {"guidance_scale": ablation.guidance_scale, "num_inference_steps": 16, "num_diffusion_steps": 10}
-        scores = score(pipeline_of(module), data.level, ablation.prompts, spacing="trailing", **settings)
+        scores = score(module.pipeline(), data.level, ablation.prompts, spacing="trailing", **settings)
     parameters = sum(p.numel() for p in module.transformer.parameters() if p.requires_grad)
     made = {"variant": variant, "seed": seed, "steps": steps, "cpu_seconds": seconds, "parameters": parameters}
     return {**made, "loss": loss, **scores}

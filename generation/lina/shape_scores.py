@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.utils import save_image
@@ -52,7 +51,8 @@ def word_sensitivity(module: LinaTraining) -> dict[str, float]:
     """How far one swapped word moves the condition of an unseen picture's tokens, for each kind of word.
 
     It shows within seconds which words a model has begun to read: the mean over pairs of captions of the largest
-    distance of a token's condition, all tokens masked.
+    distance of a token's condition, all tokens masked. "order" and "binding" are of captions with the same words in
+    another order: a model that reads captions as bags of words does not tell them apart.
     """
     transformer = module.transformer
     grid = transformer.grid_of(transformer.latent_size)
@@ -69,6 +69,8 @@ def word_sensitivity(module: LinaTraining) -> dict[str, float]:
         "colour": [f"a {colour} square {places[0]}" for colour in colours if colour[0] not in "aeiou"],
         "shape": [f"a red {kind} {places[0]}" for kind in kinds],
         "place": [f"a red square {place}" for place in places],
+        "order": ["a red circle above a blue square", "a blue square above a red circle"],
+        "binding": ["a red circle above a blue square", "a blue circle above a red square"],
     }
     distances = {}
     for word, texts in captions.items():
@@ -78,14 +80,8 @@ def word_sensitivity(module: LinaTraining) -> dict[str, float]:
     return distances
 
 
-def pipeline_of(module: LinaTraining) -> LinaPipeline:
-    """The networks of a training as a pipeline, with the weights that they have now."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=module.hparams.shift)
-    return LinaPipeline(module.transformer, module.autoencoder, scheduler, module.text_encoder)
-
-
 class ShapeReport(pl.Callback):
-    """Scores the moving average as training goes on, and leaves it as `<run>/pipeline`.
+    """Scores the moving average as training goes on, and draws `<run>/<level>.png`.
 
     Args:
         every_n_steps: between scores.
@@ -123,7 +119,7 @@ class ShapeReport(pl.Callback):
         state = torch.get_rng_state()  # training does not depend on whether it is scored
         metrics = {}
         with module.averaged():
-            pipeline = pipeline_of(module)
+            pipeline = module.pipeline()
             for level in self.levels:
                 captions = [scene.caption for scene in held_out_prompts(level, self.prompts)]
                 pictures = draw_prompts(pipeline, captions, **self.settings)
@@ -137,18 +133,6 @@ class ShapeReport(pl.Callback):
             logger.log_metrics(metrics, trainer.global_step)
         correct = ", ".join(f"{level} {metrics[f'{level}/all_correct']:.3f}" for level in self.levels)
         print(f"\nstep {trainer.global_step}: all correct {correct}", flush=True)
-
-    def on_train_end(self, trainer: pl.Trainer, module: LinaTraining) -> None:
-        self._save(trainer, module)
-
-    @rank_zero_only
-    def _save(self, trainer: pl.Trainer, module: LinaTraining) -> None:
-        if trainer.fast_dev_run:
-            return
-        folder = Path(trainer.default_root_dir) / "pipeline"
-        with module.averaged():
-            pipeline_of(module).save_pretrained(folder)
-        print(f"trained model: {folder}\ndraw with it:  python -m generation sample PROMPT --model {folder}")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A tiny text encoder for small vocabularies: words to vectors, then one transformer block."""
+"""A tiny text encoder for small vocabularies: words to vectors, then transformer blocks."""
 
 import logging
 import re

@@ -3,15 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from generation.lina.autoencoder import TinyAutoencoder
 from generation.lina.embeddings import patchify
+from generation.lina.packaged_text_encoder import PackagedTextEncoder
+from generation.lina.pipeline import LinaPipeline
 from generation.lina.shipped_models import SHIPPED, folder_of
 from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.token_denoiser import FlowSchedule
@@ -27,7 +32,8 @@ class LinaTraining(pl.LightningModule):
     Args:
         transformer: arguments of `LinaTransformer`.
         autoencoder: folder of a trained `TinyAutoencoder`, or the shipped model whose it is; it is frozen.
-        text_encoder: arguments of a `WordTextEncoder` trained along, None where batches hold features or labels.
+        text_encoder: arguments of a `WordTextEncoder` trained along; or "packaged" where batches hold the features of
+            a `PackagedTextEncoder`; or None where they hold other features, or labels.
         learning_rate: of AdamW, reached after `warmup_steps`, kept for `flat` of the run, then falling to 1 % of it.
         betas: of AdamW.
         weight_decay: of everything but the norms, as published.
@@ -47,7 +53,7 @@ class LinaTraining(pl.LightningModule):
         self,
         transformer: dict[str, Any],
         autoencoder: str,
-        text_encoder: dict[str, Any] | None = None,
+        text_encoder: dict[str, Any] | Literal["packaged"] | None = None,
         learning_rate: float = 1.5e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.02,
@@ -62,7 +68,7 @@ class LinaTraining(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.transformer = LinaTransformer(**transformer)
-        self.text_encoder = None if text_encoder is None else WordTextEncoder(**text_encoder)
+        self.text_encoder = WordTextEncoder(**text_encoder) if isinstance(text_encoder, dict) else None
         self.autoencoder = TinyAutoencoder.from_pretrained(
             folder_of(autoencoder) / "vae" if autoencoder in SHIPPED else autoencoder, low_cpu_mem_usage=False
         )
@@ -89,6 +95,12 @@ class LinaTraining(pl.LightningModule):
             for module, mode in modes:
                 module.training = mode
 
+    def pipeline(self) -> LinaPipeline:
+        """The networks, with the weights that they have now, as a pipeline."""
+        encoder = PackagedTextEncoder() if self.hparams.text_encoder == "packaged" else self.text_encoder
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.hparams.shift)
+        return LinaPipeline(self.transformer, self.autoencoder, scheduler, encoder)
+
     def condition_of(self, batch: dict[str, Any]) -> Sequence[Tensor] | Tensor:
         """What `LinaTransformer.embed_condition` takes, of all images."""
         if "label" in batch:
@@ -102,7 +114,7 @@ class LinaTraining(pl.LightningModule):
         return patchify(latents, self.transformer.config.patch_size)
 
     def loss(self, batch: dict[str, Any], dropout: float, generator: torch.Generator | None = None) -> Tensor:
-        """The loss of a batch, of whose captions a share `dropout` is kept secret; `generator` is on the same device."""
+        """The loss of a batch, of whose captions a share `dropout` is hidden; `generator` lies on the same device."""
         tokens = self.tokens_of(batch["image"])
         condition = self.condition_of(batch)
         dropped = torch.rand(len(tokens), generator=generator, device=tokens.device) < dropout
@@ -134,6 +146,16 @@ class LinaTraining(pl.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.average.step(self._trained())
+
+    @rank_zero_only
+    def on_train_end(self) -> None:
+        """Leave the moving average as `<run>/pipeline`."""
+        if self.trainer.fast_dev_run:
+            return
+        folder = Path(self.trainer.default_root_dir) / "pipeline"
+        with self.averaged():
+            self.pipeline().save_pretrained(folder)
+        print(f"trained model: {folder}\ndraw with it:  python -m generation sample PROMPT --model {folder}")
 
     def configure_gradient_clipping(
         self,
