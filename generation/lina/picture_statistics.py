@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 FEATURES = 112
 FEATURE_BLOCK = 4
+REAL_PICTURES = 100  # among which nearest neighbours are sought for comparison
 NETWORK_SIZE = 128  # pixels to which pictures are enlarged
 
 
@@ -102,29 +103,31 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Copying:
-    """Distances of pictures to their nearest training picture, relative to what they are for pictures never shown.
+    """Distances of drawn pictures to their nearest training picture, relative to what they are for real pictures.
 
-    A model that copies has ratios far below 1, and copies near `share_nearer`'s 1.
+    Ratios near 1 are what pictures have that are new and as like the others as real ones; copies have ratios near 0 and
+    `share_nearer` near 1. Pixels tell more: features notice an autoencoder's faint texture, so that reconstructions of
+    training pictures, copies if anything is, have a pixel ratio of 0.17 and a feature ratio of 1.06 on OpenMoji.
 
     Args:
-        nearest: (N,) index of the training picture nearest in features, of each drawn picture.
-        feature_distance: (N,) to it, in features.
-        pixel_distance: (N,) root mean squared difference, in [0, 2], to the training picture nearest in pixels.
-        feature_ratio: median feature distance over that of the real pictures.
-        pixel_ratio: the same in pixels.
-        share_nearer: share of drawn pictures nearer in pixels to training than all but 5 % of the real ones.
+        nearest: (N,) index of the training picture nearest in pixels, of each drawn picture.
+        pixel_distance: (N,) root mean squared difference to it, in [0, 2], at the shift at which it is least.
+        feature_distance: (N,) to the training picture nearest in features.
+        pixel_ratio: median pixel distance over that of the real pictures.
+        feature_ratio: the same of features.
+        share_nearer: share of drawn pictures that are nearer in pixels than all but 5 % of the real ones.
     """
 
     nearest: Tensor
-    feature_distance: Tensor
     pixel_distance: Tensor
-    feature_ratio: float
+    feature_distance: Tensor
     pixel_ratio: float
+    feature_ratio: float
     share_nearer: float
 
 
 class PictureStatistics:
-    """Of drawn pictures against training pictures.
+    """Of drawn pictures against training pictures, whose features (15 ms a picture on one core) are computed once.
 
     Args:
         training: (N, 3, h, w) in [-1, 1].
@@ -145,48 +148,59 @@ class PictureStatistics:
         first, second = self.training_features[order].chunk(2)
         return frechet_distance(first, second)
 
-    def copying(self, drawn: Tensor, held_out: Tensor | None = None) -> Copying:
+    def copying(self, drawn: Tensor, held_out: Tensor | None = None, shift: int = 2, seed: int = 0) -> Copying:
         """Nearest training pictures of drawn pictures, beside those of real pictures.
 
         Args:
             drawn: (M, 3, h, w) in [-1, 1].
-            held_out: real pictures that training never showed, (K, 3, h, w); by default every training picture is
-                compared with its nearest other.
+            held_out: real pictures that training never showed, (K, 3, h, w); by default 100 training pictures, each
+                compared with the others.
+            shift: pixels by which pictures are moved, either way, across and down, to lie on a training picture; as in
+                training, or copies look new.
+            seed: of the choice of training pictures.
         """
         for name, images in (("drawn", drawn), ("held_out", held_out)):
-            if images is not None and images.shape[1:] != self.training.shape[1:]:
+            if images is not None and (not len(images) or images.shape[1:] != self.training.shape[1:]):
                 raise ValueError(
-                    f"{name} has shape {tuple(images.shape)}; it must be (N, *{tuple(self.training.shape[1:])})"
+                    f"{name} has shape {tuple(images.shape)}; it must be (N, *{tuple(self.training.shape[1:])}), N at "
+                    "least 1, as the training pictures"
                 )
-        features, nearest = _nearest(self.network(drawn), self.training_features)
-        pixels, _ = _nearest(drawn.clamp(-1, 1), self.training)
         if held_out is None:
-            real_features, _ = _nearest(self.training_features, self.training_features, others_only=True)
-            real_pixels, _ = _nearest(self.training, self.training, others_only=True)
+            order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(seed))
+            chosen = order[:REAL_PICTURES]
+            real, real_features = self.training[chosen], self.training_features[chosen]
         else:
-            real_features, _ = _nearest(self.network(held_out), self.training_features)
-            real_pixels, _ = _nearest(held_out, self.training)
-        per_pixel = self.training[0].numel() ** 0.5
+            chosen, real, real_features = None, held_out, self.network(held_out)
+        pixels, nearest = self._nearest_in_pixels(drawn, shift)
+        real_pixels, _ = self._nearest_in_pixels(real, shift, chosen)
+        features = torch.cdist(self.network(drawn).double(), self.training_features.double()).min(1).values
+        distances = torch.cdist(real_features.double(), self.training_features.double())
+        if chosen is not None:
+            distances[torch.arange(len(chosen)), chosen] = torch.inf
         return Copying(
             nearest,
+            pixels,
             features,
-            pixels / per_pixel,
-            feature_ratio=(features.median() / real_features.median()).item(),
             pixel_ratio=(pixels.median() / real_pixels.median()).item(),
+            feature_ratio=(features.median() / distances.min(1).values.median()).item(),
             share_nearer=(pixels < real_pixels.quantile(0.05)).double().mean().item(),
         )
 
+    def _nearest_in_pixels(self, images: Tensor, shift: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Root mean squared difference (N,) and index (N,) of the nearest training picture, at the best shift.
 
-def _nearest(points: Tensor, others: Tensor, others_only: bool = False) -> tuple[Tensor, Tensor]:
-    """Euclidean distance to, and index of, the nearest of `others` for each of `points`, both (N, ...).
-
-    Args:
-        others_only: `points` are `others`, and none is its own neighbour.
-    """
-    # Not the expansion into products, which is inexact just where it matters, for near copies.
-    distances = torch.cdist(
-        points.flatten(1).double(), others.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    if others_only:
-        distances.fill_diagonal_(torch.inf)
-    return distances.min(1)
+        Args:
+            own: (N,) indices of training pictures that do not count, each for one of `images`.
+        """
+        height, width = images.shape[2:]
+        padded = F.pad(images.clamp(-1, 1), [shift] * 4, mode="replicate")
+        training = self.training.flatten(1)
+        least = images.new_full((len(images), len(training)), torch.inf)
+        for down in range(2 * shift + 1):
+            for across in range(2 * shift + 1):
+                moved = padded[:, :, down : down + height, across : across + width].flatten(1)
+                least = torch.minimum(least, torch.cdist(moved, training))
+        if own is not None:
+            least[torch.arange(len(own)), own] = torch.inf
+        distances, indices = least.min(1)
+        return distances / training.shape[1] ** 0.5, indices

@@ -15,6 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
+# Saved pipelines name these modules, and diffusers takes classes only from modules that are imported already.
+import generation.lina.autoencoder
+import generation.lina.packaged_text_encoder
+import generation.lina.text_encoder  # noqa: F401
 from generation.lina.embeddings import patchify, unpatchify
 from generation.lina.painting import Canvas, outpainting_canvas, prepare_canvas, save_animation
 from generation.lina.sampling import draw_tokens

@@ -181,6 +181,7 @@ def main(arguments: list[str]) -> None:
     from generation.lina.shipped_models import load_pipeline
 
     diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
     try:
         pipeline = load_pipeline(options.model)
         pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from generation.lina.pipeline import LinaPipeline
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -34,4 +36,4 @@ def load_pipeline(model: str | Path) -> LinaPipeline:
         raise ValueError(f"{index} is not a JSON object: {error}") from error
     if kind != LinaPipeline.__name__:
         return LinaPipeline.from_official(folder)
-    return LinaPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    return LinaPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)

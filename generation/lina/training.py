@@ -149,8 +149,8 @@ class LinaTraining(pl.LightningModule):
 
     @rank_zero_only
     def on_train_end(self) -> None:
-        """Leave the moving average as `<run>/pipeline`."""
-        if self.trainer.fast_dev_run:
+        """Leave the moving average as `<run>/pipeline`, in a run that leaves checkpoints."""
+        if self.trainer.checkpoint_callback is None:
             return
         folder = Path(self.trainer.default_root_dir) / "pipeline"
         with self.averaged():
