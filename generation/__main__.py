@@ -3,6 +3,7 @@
     python -m generation sample "a red circle above a blue square" --output out.png    draw pictures of captions (LINA)
     python -m generation fit --config configs/generation/lina_shapes.yaml              train a model
     python -m generation evaluate shapes                                              score a model with the checker
+    python -m generation evaluate-openmoji                                           what a model of OpenMoji draws
     python -m generation ablation --config configs/generation/lina_ablation.yaml       what its parts are worth
     python -m generation benchmark lina                                                speed of the models
 
@@ -17,6 +18,7 @@ HOME_OF = {
     "validate": "generation.training",
     "sample": "generation.lina.sample",
     "evaluate": "generation.lina.shape_scores",
+    "evaluate-openmoji": "generation.lina.openmoji_scores",
     "ablation": "generation.lina.ablation",
     "benchmark": "generation.benchmark",
 }

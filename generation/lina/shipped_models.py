@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from generation.lina.pipeline import LinaPipeline
 
@@ -36,4 +36,8 @@ def load_pipeline(model: str | Path) -> LinaPipeline:
         raise ValueError(f"{index} is not a JSON object: {error}") from error
     if kind != LinaPipeline.__name__:
         return LinaPipeline.from_official(folder)
-    return LinaPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
+    pipeline = LinaPipeline.from_pretrained(folder, local_files_only=True)
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            nn.Module.float(module)  # shipped weights are float16; diffusers' own `to` warns of nothing
+    return pipeline
