@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kernels.backend import use_backend
 from kernels.interleaved_timing import Timing, machine, print_table, ratio, time_interleaved
+from kernels.peak_memory import peak_memory_added
 from vision.flops import count_macs
 from vision.retention_benchmark import RETENTION, SWAT, measure_core, measure_models
 
@@ -159,12 +160,6 @@ def measure_retention(threads: int, seconds: float, *, training: bool) -> list[d
     return measure_models(prepared, len(images), threads, seconds)
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (at most so far) of this process, as Linux tells it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
-
-
 def peak_memory_of_training_step(name: str, fused_attention: bool) -> int:
     """Bytes that a training step at `MEMORY_SIZE` adds, at most, to a process that holds model and images."""
     model = build(name, MEMORY_SIZE, training=True)
@@ -174,10 +169,7 @@ def peak_memory_of_training_step(name: str, fused_attention: bool) -> int:
                 module.fused_attn = False
     training_step(build(name, 64, training=True), torch.randn(1, 3, 64, 64), 1)()  # what libraries allocate but once
     step = training_step(model, torch.randn(1, 3, MEMORY_SIZE, MEMORY_SIZE), torch.get_num_threads())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident_bytes("VmRSS")
-    step()
-    return resident_bytes("VmHWM") - before
+    return peak_memory_added(step)
 
 
 def measure_memory() -> list[dict]:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.lina.attention_memory import AttentionMemory
 from generation.lina.embeddings import rotate
-from kernels.fused_layers import depthwise_convolution
+from kernels.fused_layers import add_image_convolution, depthwise_convolution
 from kernels.linear_attention import linear_attention
 
 ATTENTIONS = ("linear", "softmax")
@@ -112,6 +113,7 @@ class Attention(nn.Module):
         wanted: Tensor | None = None,
         bank: Tensor | None = None,
         angles: Tensor | None = None,
+        memory: AttentionMemory | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -122,6 +124,7 @@ class Attention(nn.Module):
             wanted: `[B, k]` indices of the only tokens wanted, None for all.
             bank: `[value_bank, C]`.
             angles: `[N, D / 2]` or `[B, N, D / 2]`, by which queries and keys are rotated, None for none.
+            memory: of tokens before these, which see these no more; only for linear attention by division, ungated.
 
         Returns:
             `[B, N, C]`, or `[B, k, C]`.
@@ -133,7 +136,9 @@ class Attention(nn.Module):
         if angles is not None:
             key = rotate(key, angles)
             query = rotate(query, angles if wanted is None else gather(angles.expand(len(x), -1, -1), wanted))
-        if self.attention == "softmax":
+        if memory is not None:
+            mixed = memory.attend(query, key, value).to(value.dtype).flatten(2)
+        elif self.attention == "softmax":
             heads_first = (t.transpose(1, 2) for t in (query, key, value))
             mixed = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
         else:
@@ -154,15 +159,12 @@ class Attention(nn.Module):
         return query.unflatten(2, (self.heads, -1)), *key_value.unflatten(2, (2, self.heads, -1)).unbind(2)
 
     def _add_locality(self, mixed: Tensor, x: Tensor, grid: tuple[int, int], wanted: Tensor | None) -> Tensor:
-        """Add the convolution of the image's tokens to theirs."""
-        before = x.shape[1] - grid[0] * grid[1]
-        image = x[:, before:].unflatten(1, grid)
+        """Add the convolution of the image's tokens to theirs; without gradients in the memory of `mixed`."""
         weight, bias = self.dw_conv.weight, self.dw_conv.bias
         if wanted is None:
-            tail = mixed[:, before:].unflatten(1, grid)
-            tail = depthwise_convolution(image, weight, bias, residual=tail).flatten(1, 2)
-            return torch.cat([mixed[:, :before], tail], 1) if before else tail
-        local = depthwise_convolution(image, weight, bias).flatten(1, 2)
+            return add_image_convolution(mixed, x, weight, bias, grid=grid, overwrite=not torch.is_grad_enabled())
+        before = x.shape[1] - grid[0] * grid[1]
+        local = depthwise_convolution(x[:, before:].unflatten(1, grid), weight, bias).flatten(1, 2)
         return mixed + gather(F.pad(local, (0, 0, before, 0)), wanted)
 
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generation.lina.attention import Attention, gather
+from generation.lina.attention_memory import AttentionMemory, EncoderMemory
 from generation.lina.embeddings import PatchEmbedding, rotary_angles, sine_positions
+from kernels.packed_linear import activated_linear
 
 
 class Mlp(nn.Module):
@@ -24,7 +26,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(activated_linear(self.fc1, x, F.gelu))
 
 
 class Block(nn.Module):
@@ -51,9 +53,10 @@ class Block(nn.Module):
         wanted: Tensor | None = None,
         bank: Tensor | None = None,
         angles: Tensor | None = None,
+        memory: AttentionMemory | None = None,
     ) -> Tensor:
         """`[B, N, C]` to the same, or to `[B, k, C]` of the tokens `wanted`; arguments as of `Attention.forward`."""
-        mixed = self.norm1(self.attn(x, grid, wanted, bank, angles))
+        mixed = self.norm1(self.attn(x, grid, wanted, bank, angles, memory))
         x = (x if wanted is None else gather(x, wanted)) + mixed
         return x + self.norm2(self.mlp(x))
 
@@ -124,6 +127,7 @@ class ImageEncoder(nn.Module):
         known: Tensor | None,
         wanted: Tensor | None = None,
         bank: Tensor | None = None,
+        memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Conditions of the token denoiser.
 
@@ -135,6 +139,7 @@ class ImageEncoder(nn.Module):
             known: `[B, m]` indices of the known tokens; None for all of them.
             wanted: `[B, k]` indices of the tokens whose conditions are wanted, None for all.
             bank: shared value embeddings.
+            memory: what the calls before made of the first of the known tokens, which is taken as it is: approximate.
 
         Returns:
             `[B, N, C]`, or `[B, k, C]`.
@@ -142,15 +147,10 @@ class ImageEncoder(nn.Module):
         positions = sine_positions(mask_token.shape[-1], grid, mask_token)
         if known is None:
             known = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        visible = self.patch_embed(gather(tokens, known)) + positions[known]
-        before, angles, visible_angles = context.shape[1], None, None
+        before, angles = context.shape[1], None
         if self.rotary:
             angles = rotary_angles(self.head_dim, grid, before, tokens)
-            visible_angles = F.pad(angles[before + known], (0, 0, before, 0))
-        x = torch.cat([context, visible], 1)
-        for block in self.blocks[: self.encoder_depth]:
-            x = block(x, bank=bank, angles=visible_angles)
-        context, visible = x.split([before, known.shape[1]], 1)
+        context, visible = self._encode_known(tokens, context, positions, known, bank, angles, memory)
         masked = (mask_token + positions).to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([context, masked.scatter(1, known[..., None].expand_as(visible), visible)], 1)
         for block in self.blocks[self.encoder_depth : -1]:
@@ -159,3 +159,32 @@ class ImageEncoder(nn.Module):
         # Nothing comes after the last block, so that of it only the wanted tokens are computed.
         x = self.blocks[-1](x, grid, wanted, bank, angles)
         return self.norm(x[:, before:] if wanted is None else x)
+
+    def _encode_known(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        positions: Tensor,
+        known: Tensor,
+        bank: Tensor | None,
+        angles: Tensor | None,
+        memory: EncoderMemory | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: context `[B, n, C]` and known tokens `[B, m, C]`."""
+        before = context.shape[1]
+        remembered = memory is not None and memory.context is not None
+        new = known[:, memory.known.shape[1] :] if remembered else known
+        x = self.patch_embed(gather(tokens, new)) + positions[new]
+        if angles is not None:
+            angles = angles[before + new] if remembered else F.pad(angles[before + new], (0, 0, before, 0))
+        x = x if remembered else torch.cat([context, x], 1)
+        layers = [None] * self.encoder_depth if memory is None else memory.layers
+        for block, layer in zip(self.blocks[: self.encoder_depth], layers, strict=True):
+            x = block(x, bank=bank, angles=angles, memory=layer)
+        if remembered:
+            context, visible = memory.context, torch.cat([memory.known, x], 1)
+        else:
+            context, visible = x.split([before, x.shape[1] - before], 1)
+        if memory is not None:
+            memory.context, memory.known = context, visible
+        return context, visible

@@ -15,6 +15,7 @@ from torch import Tensor
 from generation.lina.attention import gather
 from generation.lina.token_denoiser import SamplingDenoiser
 from generation.lina.transformer import LinaTransformer
+from kernels.packed_linear import packed_twin
 
 ORDERS = ("random", "raster", "spiral")
 
@@ -106,6 +107,7 @@ def draw_tokens(
         After each step all tokens, `[B, N, D]`; what is changed in them counts.
     """
     grid = model.grid_of(model.latent_size) if grid is None else grid
+    model = packed_twin(model)  # for this call alone, so that it never lags behind a training
     denoise = SamplingDenoiser(model.image_decoder)
     tokens = tokens.clone()
     known_before = accumulate(plan.predictions[:-1], initial=plan.known)

@@ -4,8 +4,9 @@ Flow matching: at sigma a token is x = sigma noise + (1 - sigma) x0, and the hea
 the head is fed 1000 sigma as time.
 
 `TokenDenoiser` is the network, `SamplingDenoiser` the sampling loop, which computes once what does not change in it:
-time embeddings for a whole image, the projection of the conditions for one step of autoregression; and which takes all
-scales, shifts and gates of a diffusion step from one matrix product.
+time embeddings for a whole image, the projection of the conditions for one step of autoregression. Scales, shifts and
+gates depend on condition and time, and not on what is drawn: those of several diffusion steps come from one matrix
+product, because for the few tokens of a step of autoregression it is the reading of its weights that takes the time.
 
 Sources: MAR, arXiv 2406.11838 (diffusion loss); NOVA, arXiv 2412.14169; AdaLN-zero: DiT, arXiv 2212.09748.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generation.lina.embeddings import TIME_FREQUENCIES, PatchEmbedding, frequencies
+from kernels.packed_linear import activated_linear, packed_twin
 
 TIME_SCALE = 1000.0
 
@@ -30,7 +32,7 @@ class TwoLayers(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)))
+        return self.fc2(activated_linear(self.fc1, x, F.silu))
 
 
 class Modulation(nn.Module):
@@ -158,19 +160,24 @@ class FlowSchedule:
 
 
 class SamplingDenoiser:
-    """A `TokenDenoiser` prepared for sampling: the weights of all modulations in one matrix.
+    """A `TokenDenoiser` prepared for sampling: the weights of all modulations in one matrix, on CPU packed weights.
 
     It holds copies: made anew for each image, it never lags behind a training.
     """
 
+    ROWS = 128  # tokens times diffusion steps whose modulations are made at once: enough to be bound by arithmetic
+
     def __init__(self, denoiser: TokenDenoiser):
-        self.denoiser = denoiser
-        width = denoiser.head.in_features
+        width = denoiser.head.weight.shape[1]
         modulations = [*(block.norm1 for block in denoiser.blocks), denoiser.norm]
-        self.weight = torch.cat([modulation.proj.weight for modulation in modulations])
-        one = torch.ones(width, device=self.weight.device, dtype=self.weight.dtype)
+        weight = torch.cat([modulation.proj.weight.detach() for modulation in modulations])
+        one = torch.ones(width, device=weight.device, dtype=weight.dtype)
         # The 1 of `1 + scale` goes into the bias.
-        self.bias = torch.cat([F.pad(one, (0, (m.parts - 1) * width)) + m.proj.bias for m in modulations])
+        bias = torch.cat([F.pad(one, (0, (m.parts - 1) * width)) + m.proj.bias.detach() for m in modulations])
+        modulation = nn.Linear(*weight.shape[::-1], device="meta")
+        modulation.weight, modulation.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+        self.modulation = packed_twin(modulation)
+        self.denoiser = packed_twin(denoiser)
         self.embedding = denoiser.patch_embed.token_weight().contiguous()
         self._times: dict[tuple[float, ...], Tensor] = {}
 
@@ -197,24 +204,29 @@ class SamplingDenoiser:
         if sigmas not in self._times:
             time = TIME_SCALE * torch.tensor(sigmas[:-1], device=noise.device)
             self._times[sigmas] = self.denoiser.time_cond_embed.embed_time(time)
+        times = self._times[sigmas]
         projected = self.denoiser.time_cond_embed.condition_proj(condition)
-        x = noise
-        for i, time in enumerate(self._times[sigmas]):
-            if len(projected) > len(x) and sigmas[i] < least_guided:
-                projected = projected[: len(x)]
-            velocity = self._velocity(x, projected, time)
-            if len(velocity) > len(x):
-                conditional, unconditional = velocity.chunk(2)
-                velocity = torch.lerp(unconditional, conditional, guidance)
-            x = torch.add(x, velocity, alpha=sigmas[i + 1] - sigmas[i])
+        x, steps = noise, len(sigmas) - 1
+        guided = sum(sigma >= least_guided for sigma in sigmas[:-1]) if len(projected) > len(noise) else 0
+        for first, last in ((0, guided), (guided, steps)):
+            projected = projected if first < guided else projected[: len(noise)]
+            at_once = max(1, self.ROWS // max(projected.shape[:2].numel(), 1))
+            for step in range(first, last, at_once):
+                activated = F.silu(projected + times[step : min(step + at_once, last), None, None])
+                for i, modulations in enumerate(self.modulation(activated), step):
+                    velocity = self._velocity(x, modulations)
+                    if len(velocity) > len(x):
+                        conditional, unconditional = velocity.chunk(2)
+                        velocity = torch.lerp(unconditional, conditional, guidance)
+                    x = torch.add(x, velocity, alpha=sigmas[i + 1] - sigmas[i])
         return x
 
-    def _velocity(self, x: Tensor, projected: Tensor, time: Tensor) -> Tensor:
+    def _velocity(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """Of `[B, k, p p C]`, given all scales, shifts and gates, `[B or 2 B, k, ...]`."""
         denoiser = self.denoiser
-        modulations = F.linear(F.silu(projected + time), self.weight, self.bias)
         parts = iter(modulations.chunk(3 * len(denoiser.blocks) + 2, -1))
         x = F.linear(x, self.embedding, denoiser.patch_embed.proj.bias)
-        if len(projected) > len(x):
+        if len(modulations) > len(x):
             x = x.repeat(2, 1, 1)
         for block in denoiser.blocks:
             scale, shift, gate = (next(parts) for _ in range(3))

@@ -238,6 +238,7 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         grid: tuple[int, int],
         known: Tensor | None,
         wanted: Tensor | None = None,
+        memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Conditions of the token denoiser: see `ImageEncoder.forward`."""
         return self.image_encoder(tokens, context, self.mask_embed.mask_token, grid, known, wanted, self.shared_values)

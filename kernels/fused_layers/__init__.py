@@ -13,6 +13,7 @@ from kernels.backend import resolve_backend
 from kernels.fused_layers import operators, reference
 
 __all__ = [
+    "add_image_convolution",
     "depthwise_convolution",
     "gated_norm_mix",
     "gated_product",
@@ -88,6 +89,53 @@ def depthwise_convolution(
             x, weight, bias, None if add_input else residual, add_input, activate, dtype
         )
     return reference.depthwise_convolution(x, weight, bias, residual, activation).to(dtype)
+
+
+def add_image_convolution(
+    tokens: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    overwrite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`tokens + [0 | depthwise_convolution(image)]`, where the image is the last h w tokens of `x`, row by row.
+
+    Args:
+        tokens: (B, N, C).
+        x: (B, N, C).
+        weight: (C, 1, K, K); as in `depthwise_convolution`, like `bias`.
+        bias: (C,), or None for none.
+        grid: (h, w), at most N pixels.
+        overwrite: the result lies in `tokens`, what comes before the image untouched; without gradients only.
+        backend: as in `rms_norm`.
+
+    Returns:
+        (B, N, C) in the dtype of `tokens`, also under autocast.
+
+    Raises:
+        ValueError: shapes do not fit, or `overwrite` where a gradient is wanted.
+    """
+    if x.dim() != 3 or x.shape[1] < grid[0] * grid[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be (batch, tokens, channels) with {grid} tokens at least"
+        )
+    _check_shape("tokens", tokens, tuple(x.shape), x)
+    _check_convolution(x[:, x.shape[1] - grid[0] * grid[1] :].unflatten(1, grid), weight, bias)
+    if (
+        overwrite
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (tokens, x, weight, bias))
+    ):
+        raise ValueError("overwrite is True, and a gradient is wanted; it works without gradients only")
+    if resolve_backend("add_image_convolution", x.device, backend) != "native":
+        return reference.add_image_convolution(tokens, x, weight, bias, grid, overwrite)
+    if overwrite:
+        operators.add_image_convolution_(tokens, x, weight, bias, *grid)
+        return tokens
+    return operators.add_image_convolution(tokens, x, weight, bias, *grid)
 
 
 def gelu_depthwise_residual(

@@ -24,7 +24,8 @@ template <typename T> struct Row {
     int64_t stride = 0;
 };
 
-// A map in memory: `tensor.strides[0]` elements from pixel to pixel, adjacent channels. Rows are counted over all images.
+// A map in memory: `tensor.strides[0]` elements from pixel to pixel, `tensor.strides[1]` from image to image, adjacent
+// channels. Rows are counted over all images.
 template <typename T> class Map {
   public:
     Map(const Tensor& tensor, const Shape& shape)
@@ -57,14 +58,17 @@ template <typename T> class Map {
     }
 
   private:
-    T* own_row(int64_t i) const { return static_cast<T*>(tensor_.data) + i * shape_.width * tensor_.strides[0]; }
+    int64_t offset(int64_t i) const {
+        return i / shape_.height * tensor_.strides[1] + i % shape_.height * shape_.width * tensor_.strides[0];
+    }
+    T* own_row(int64_t i) const { return static_cast<T*>(tensor_.data) + offset(i); }
 
     // Calls f(a vector's place in memory, its place in room, how many lanes are channels).
     template <typename F> INLINE void over_pixels(int64_t i, F&& f) const {
         with_type(tensor_.dtype, [&](auto* m) {
             using M = std::remove_pointer_t<decltype(m)>;
             if constexpr (std::is_same_v<M, double> == std::is_same_v<T, double>) {
-                M* row = static_cast<M*>(tensor_.data) + i * shape_.width * tensor_.strides[0];
+                M* row = static_cast<M*>(tensor_.data) + offset(i);
                 for (int64_t x = 0; x < shape_.width; x++, row += tensor_.strides[0])
                     over_channels<T>(shape_.channels, [&](int64_t c, int n) { f(row + c, x * lanes_ + c, n); });
             }

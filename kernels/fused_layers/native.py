@@ -23,6 +23,7 @@ _ARGUMENTS = {  # of each kernel, in this order: maps, pointers, dtype codes; th
     "gelu_depthwise_residual_forward": (2, 2, 0),
     "gelu_depthwise_residual_backward": (3, 3, 0),
 }
+_CONVOLUTIONS = ("depthwise_convolution", "gelu_depthwise_residual")  # their maps are (B, H, W, C)
 _PARAMETERS = {  # C types of the sizes and options
     "rms_norm": (ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
     "swiglu": (ctypes.c_int64, ctypes.c_int64),
@@ -36,7 +37,7 @@ _PARAMETERS = {  # C types of the sizes and options
 @cache
 def _function(name: str):
     layer = name.rsplit("_", 1)[0]
-    source = "convolution" if layer in ("depthwise_convolution", "gelu_depthwise_residual") else "native"
+    source = "convolution" if layer in _CONVOLUTIONS else "native"
     function = getattr(library(f"fused_layers/{source}.cpp"), name)
     maps, pointers, codes = _ARGUMENTS[name]
     tensors = (*[NativeTensor] * maps, *[ctypes.c_void_p] * pointers, *[ctypes.c_int] * codes)
@@ -61,22 +62,23 @@ def _run(
         parameters: sizes and options.
         maps: tensors (..., C) passed with their dtypes; where their rows are evenly spaced they are not copied.
     """
-    spaced = [(None, 0) if tensor is None else _evenly_spaced(tensor) for tensor in maps]
-    described = [_description(tensor, stride) for tensor, stride in spaced]
+    space = _evenly_spaced_images if name.startswith(_CONVOLUTIONS) else _evenly_spaced
+    spaced = [(None, 0) if tensor is None else space(tensor) for tensor in maps]
+    described = [_description(*tensor_and_strides) for tensor_and_strides in spaced]
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     codes = [DTYPE_CODES[dtype] for dtype in dtypes]
     _function(name)(*described, *pointers, *codes, *parameters, torch.get_num_threads())
 
 
-def _description(tensor: Tensor | None, stride: int) -> NativeTensor:
+def _description(tensor: Tensor | None, *strides: int) -> NativeTensor:
     if tensor is None:
         return NativeTensor()
-    return NativeTensor(tensor.data_ptr(), (stride,), DTYPE_CODES[tensor.dtype])
+    return NativeTensor(tensor.data_ptr(), strides, DTYPE_CODES[tensor.dtype])
 
 
-def _evenly_spaced(tensor: Tensor) -> tuple[Tensor, int]:
-    """`tensor` (..., C) with adjacent channels and evenly spaced rows (a slice of channels has them), copied only where
-    it has not, and the elements between rows."""
+def _spacing(tensor: Tensor) -> int | None:
+    """The elements between the rows of `tensor` (..., C), None where these are not evenly spaced or channels are not
+    adjacent."""
     *sizes, width = tensor.shape
     *strides, between_channels = tensor.stride()
     between_rows = expected = None
@@ -86,11 +88,27 @@ def _evenly_spaced(tensor: Tensor) -> tuple[Tensor, int]:
         if between_rows is None:
             between_rows = stride
         elif stride != expected:
-            return tensor.contiguous(), width
+            return None
         expected = stride * size
     if between_channels != 1 and width > 1:
-        return tensor.contiguous(), width
-    return tensor, width if between_rows is None else between_rows
+        return None
+    return width if between_rows is None else between_rows
+
+
+def _evenly_spaced(tensor: Tensor) -> tuple[Tensor, int]:
+    """`tensor` (..., C) with adjacent channels and evenly spaced rows (a slice of channels has them), copied only where
+    it has not, and the elements between rows."""
+    spacing = _spacing(tensor)
+    return (tensor.contiguous(), tensor.shape[-1]) if spacing is None else (tensor, spacing)
+
+
+def _evenly_spaced_images(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """`tensor` (B, H, W, C), each image of which is evenly spaced (the end of a sequence of tokens is), copied only
+    where it is not, and the elements between pixels and between images."""
+    spacing = _spacing(tensor[0]) if len(tensor) else None
+    if spacing is None:
+        tensor, spacing = tensor.contiguous(), tensor.shape[-1]
+    return tensor, spacing, tensor.stride(0)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -207,6 +225,46 @@ def depthwise_convolution_backward(
         maps = (_in_memory_of(wide, grad), read, grad_x)
         sizes = (*x.shape, weight.shape[-1])
         _run("depthwise_convolution_backward", tensors, (), *sizes, activate, add_input, maps=maps)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def add_image_convolution(
+    tokens: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], out: Tensor
+) -> None:
+    """Into `out`, which may be `tokens` and then keeps what comes before the image."""
+    before = tokens.shape[1] - grid[0] * grid[1]
+    if out is not tokens:
+        out[:, :before] = tokens[:, :before]
+    image, given, target = (tensor[:, before:].unflatten(1, tuple(grid)) for tensor in (x, tokens, out))
+    if not target.numel():
+        return
+    wide = _arithmetic(torch.promote_types(x.dtype, tokens.dtype))
+    weights = (_weight(weight, wide), None if bias is None else _weight(bias, wide))
+    # The kernel writes pixels without gaps between them.
+    in_place = _in_memory_of(wide, target) is target and _spacing(target[0]) == target.shape[-1]
+    written = target if in_place else torch.empty(target.shape, dtype=wide)
+    maps = (_in_memory_of(wide, image), _in_memory_of(wide, given), written)
+    _run("depthwise_convolution_forward", weights, (), *image.shape, weight.shape[-1], False, False, maps=maps)
+    if not in_place:
+        target.copy_(written)
+
+
+def add_image_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (zeros like the weight's where there is none)."""
+    wide = _arithmetic(x.dtype)
+    read = _in_memory_of(wide, x)
+    before = x.shape[1] - grid[0] * grid[1]
+    grad_x, grad_weight = torch.empty(x.shape, dtype=read.dtype), torch.zeros(weight.shape, dtype=wide)
+    grad_x[:, :before] = 0
+    grad_bias = torch.zeros(weight.shape[0], dtype=wide)
+    maps = [tensor[:, before:].unflatten(1, tuple(grid)) for tensor in (_in_memory_of(wide, grad), read, grad_x)]
+    if maps[0].numel():
+        tensors = (_weight(weight, wide), None, grad_weight, grad_bias)
+        sizes = (*maps[0].shape, weight.shape[-1])
+        _run("depthwise_convolution_backward", tensors, (), *sizes, False, False, maps=maps)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 

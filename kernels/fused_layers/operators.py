@@ -153,6 +153,55 @@ def _convolution_gradients(ctx, grad):
 depthwise_convolution.register_autograd(_convolution_gradients, setup_context=_save_convolution)
 
 
+@torch.library.custom_op("gated_vision::add_image_convolution", mutates_args=(), device_types="cpu")
+def add_image_convolution(
+    tokens: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
+) -> Tensor:
+    out = torch.empty(tokens.shape, dtype=tokens.dtype)
+    native.add_image_convolution(tokens, x, weight, bias, (height, width), out)
+    return out
+
+
+@add_image_convolution.register_fake
+def _(tokens, x, weight, bias, height, width):
+    return tokens.new_empty(tokens.shape)
+
+
+@torch.library.custom_op("gated_vision::add_image_convolution_", mutates_args=("tokens",), device_types="cpu")
+def add_image_convolution_(
+    tokens: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
+) -> None:
+    """The same into `tokens`, without gradients."""
+    native.add_image_convolution(tokens, x, weight, bias, (height, width), tokens)
+
+
+@torch.library.custom_op("gated_vision::add_image_convolution_backward", mutates_args=(), device_types="cpu")
+def add_image_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return native.add_image_convolution_backward(grad, x, weight, bias, (height, width))
+
+
+@add_image_convolution_backward.register_fake
+def _(grad, x, weight, bias, height, width):
+    like_bias = weight if bias is None else bias
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), like_bias.new_empty(weight.shape[:1])
+
+
+def _save_image_convolution(ctx, inputs, output):
+    _, x, weight, bias, *ctx.grid = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _image_convolution_gradients(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    gradients = add_image_convolution_backward(grad, x, weight, bias, *ctx.grid)
+    return grad, *gradients[:2], None if bias is None else gradients[2], None, None
+
+
+add_image_convolution.register_autograd(_image_convolution_gradients, setup_context=_save_image_convolution)
+
+
 @torch.library.custom_op("gated_vision::gelu_depthwise_residual", mutates_args=(), device_types="cpu")
 def gelu_depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return native.gelu_depthwise_residual(x, weight, bias, dtype)

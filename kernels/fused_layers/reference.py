@@ -22,6 +22,18 @@ def depthwise_convolution(
     return out if residual is None else residual + out
 
 
+def add_image_convolution(
+    tokens: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool
+) -> Tensor:
+    before = tokens.shape[1] - grid[0] * grid[1]
+    local = depthwise_convolution(x[:, before:].unflatten(1, grid), weight, bias, None, None).flatten(1, 2)
+    if overwrite:
+        tokens[:, before:] += local
+        return tokens
+    sums = tokens[:, before:] + local
+    return torch.cat([tokens[:, :before], sums.to(tokens.dtype)], 1) if before else sums.to(tokens.dtype)
+
+
 def gelu_depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     hidden = F.gelu(x)
     return depthwise_convolution(hidden, weight, bias, hidden, None)
