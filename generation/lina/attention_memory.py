@@ -1,9 +1,9 @@
 """Approximate encoding of known tokens: those seen before are not looked at again.
 
-Linear attention keeps all it knows of its keys and values in a few sums. When tokens become known, the first half of the
-image encoder can add theirs to the sums of each layer and compute these tokens alone, instead of all known ones. That is
-no longer what the model was trained for, since the tokens before would have changed too (every token sees every other):
-the sums have to be made anew every few steps.
+Linear attention keeps all it knows of its keys and values in a few sums. When tokens become known, the first half of
+the image encoder can add theirs to the sums of each layer and compute these tokens alone, instead of all known ones.
+That is no longer what the model was trained for, since the tokens before would have changed too (every token sees every
+other): the sums have to be made anew every few steps.
 """
 
 from dataclasses import dataclass, field

@@ -36,8 +36,6 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         patch_size: pixels of a side that one latent position stands for.
         width: channels inside.
         encoder_blocks: residual blocks before the latents; `decoder_blocks` come after them.
-        fine_width: channels of one more residual block of the decoder, on positions of 2 x 2 pixels, which sharpens what
-            spans positions of the latents; 0 for none. `patch_size` must be even then.
         latent_noise: standard deviation, before whitening, of the noise that `latent_dist.sample()` adds and that the
             decoder was trained with. `latent_dist.mode()` adds none.
         scaling_factor: 1, since the latents are whitened inside.
@@ -53,7 +51,6 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         width: int = 64,
         encoder_blocks: int = 1,
         decoder_blocks: int = 2,
-        fine_width: int = 0,
         latent_noise: float = 0.12,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -62,21 +59,10 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         for name in ("in_channels", "latent_channels", "patch_size", "width"):
             if self.config[name] < 1:
                 raise ValueError(f"{name} is {self.config[name]}; it is at least 1")
-        for name in ("encoder_blocks", "decoder_blocks", "fine_width", "latent_noise"):
+        for name in ("encoder_blocks", "decoder_blocks", "latent_noise"):
             if self.config[name] < 0:
                 raise ValueError(f"{name} is {self.config[name]}; it is at least 0")
-        if fine_width and patch_size % 2:
-            raise ValueError(f"patch_size is {patch_size}; it must be even, since fine_width is {fine_width}, not 0")
         folded = in_channels * patch_size**2
-        unfolding: list[nn.Module] = [nn.Conv2d(width, folded, 1), nn.PixelShuffle(patch_size)]
-        if fine_width:
-            unfolding = [
-                nn.Conv2d(width, fine_width * (patch_size // 2) ** 2, 1),
-                nn.PixelShuffle(patch_size // 2),
-                ResidualBlock(fine_width),
-                nn.Conv2d(fine_width, in_channels * 4, 3, padding=1),
-                nn.PixelShuffle(2),
-            ]
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(patch_size),
             nn.Conv2d(folded, width, 1),
@@ -86,7 +72,8 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(decoder_blocks)),
-            *unfolding,
+            nn.Conv2d(width, folded, 1),
+            nn.PixelShuffle(patch_size),
         )
         self.register_buffer("latents_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latents_std", torch.ones(1, latent_channels, 1, 1))

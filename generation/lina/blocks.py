@@ -151,7 +151,7 @@ class ImageEncoder(nn.Module):
         if self.rotary:
             angles = rotary_angles(self.head_dim, grid, before, tokens)
         context, visible = self._encode_known(tokens, context, positions, known, bank, angles, memory)
-        masked = (mask_token + positions).to(x.dtype).expand(len(x), -1, -1)
+        masked = (mask_token + positions).to(visible.dtype).expand(len(visible), -1, -1)
         x = torch.cat([context, masked.scatter(1, known[..., None].expand_as(visible), visible)], 1)
         for block in self.blocks[self.encoder_depth : -1]:
             x = block(x, grid, bank=bank, angles=angles)

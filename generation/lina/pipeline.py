@@ -151,6 +151,7 @@ class LinaPipeline(DiffusionPipeline):
         spacing: str = "official",
         order: str = "random",
         order_strength: float = 1.0,
+        refresh_every: int = 1,
         fast: bool = False,
         image: Any = None,
         mask_image: Any = None,
@@ -183,7 +184,8 @@ class LinaPipeline(DiffusionPipeline):
             spacing: of noise levels: "official", or "trailing", which is better with few steps.
             order: in which tokens are drawn: "random", "raster", "spiral".
             order_strength: 0 makes any order random, 1 strict.
-            fast: trade some quality for speed: half the steps of autoregression, 8 trailing diffusion steps,
+            refresh_every: so many steps share the first half of the image encoder's work on known tokens; 1 is exact.
+            fast: trade some quality for speed: a quarter of the steps of autoregression, 8 trailing diffusion steps,
                 guidance above 0.25. Arguments given beside it are kept as they are where they ask for less.
             image: a picture, or one for each image, in which only what `mask_image` shows is drawn anew; known tokens
                 are what the others are drawn from. `outpainting_canvas` makes both for a larger picture.
@@ -209,6 +211,7 @@ class LinaPipeline(DiffusionPipeline):
             spacing=spacing,
             order=order,
             order_strength=order_strength,
+            refresh_every=refresh_every,
         )
         settings = settings.faster() if fast else settings
         size = self._check_size(height, width)

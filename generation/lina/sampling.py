@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from generation.lina.attention import gather
+from generation.lina.attention_memory import EncoderMemory
 from generation.lina.token_denoiser import SamplingDenoiser
 from generation.lina.transformer import LinaTransformer
 from kernels.packed_linear import packed_twin
@@ -69,6 +70,8 @@ class Plan:
         guidance: of each step.
         sigmas: of each step, the noise levels of the token denoiser, descending from 1 to 0.
         least_guided: below this noise level there is no guidance; 0 is exact.
+        refresh_every: so many steps share what the first half of the image encoder made of the tokens known at the
+            first of them; 1 is exact, more needs linear attention by division.
     """
 
     order: Tensor
@@ -77,6 +80,7 @@ class Plan:
     guidance: Sequence[float]
     sigmas: Sequence[tuple[float, ...]]
     least_guided: float = 0.0
+    refresh_every: int = 1
 
 
 def draw_tokens(
@@ -106,6 +110,12 @@ def draw_tokens(
     Yields:
         After each step all tokens, `[B, N, D]`; what is changed in them counts.
     """
+    config = model.config
+    if plan.refresh_every > 1 and (config.attention, config.normalization) != ("linear", "division"):
+        raise ValueError(
+            f"refresh_every is {plan.refresh_every}; it must be 1 for {config.attention} attention normalised by "
+            f"{config.normalization}"
+        )
     grid = model.grid_of(model.latent_size) if grid is None else grid
     model = packed_twin(model)  # for this call alone, so that it never lags behind a training
     denoise = SamplingDenoiser(model.image_decoder)
@@ -113,6 +123,8 @@ def draw_tokens(
     known_before = accumulate(plan.predictions[:-1], initial=plan.known)
     steps = zip(known_before, plan.predictions, plan.guidance, plan.sigmas, strict=True)
     for step, (known, count, guidance, sigmas) in enumerate(steps):
+        if step % plan.refresh_every == 0:
+            memory = EncoderMemory.of_depth(config.encoder_depth) if plan.refresh_every > 1 else None
         visible, wanted = plan.order[:, :known], plan.order[:, known : known + count]
         guided = unconditional is not None and guidance != 1
         contexts = [context, unconditional] if guided else [context]
@@ -123,7 +135,9 @@ def draw_tokens(
             condition = gather(condition, wanted.repeat(len(contexts), 1))
         else:
             several = [x.repeat(len(contexts), *[1] * (x.dim() - 1)) for x in (tokens, visible, wanted)]
-            condition = model.encode_image(several[0], torch.cat(contexts), grid, several[1], several[2])
+            if memory is not None and memory.context is not None and len(memory.context) != len(several[0]):
+                memory = EncoderMemory.of_depth(config.encoder_depth)  # guidance began or ended
+            condition = model.encode_image(several[0], torch.cat(contexts), grid, several[1], several[2], memory)
         drawn = denoise(noise(step, wanted), condition, sigmas, guidance, plan.least_guided)
         tokens.scatter_(1, wanted[..., None].expand_as(drawn), drawn)
         yield tokens

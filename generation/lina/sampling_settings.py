@@ -13,7 +13,7 @@ from generation.lina.token_denoiser import FlowSchedule
 
 SPACINGS = ("official", "trailing")
 MOST_STEPS = 10_000
-FAST_SHARE, FAST_DIFFUSION_STEPS, FAST_LEAST_GUIDED = 2, 8, 0.25
+FAST_SHARE, FAST_DIFFUSION_STEPS, FAST_LEAST_GUIDED = 4, 8, 0.25
 
 
 def check_whole(name: str, value: Any, least: int, most: int) -> int:
@@ -68,12 +68,13 @@ class SamplingSettings:
     spacing: str = "official"
     order: str = "random"
     order_strength: float = 1.0
+    refresh_every: int = 1
 
     def __post_init__(self):
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
             if value is None and name in ("last_diffusion_steps", "min_guidance_scale"):
                 continue
-            if name.endswith("_steps"):
+            if name.endswith("_steps") or name == "refresh_every":
                 check_whole(name, value, 1, MOST_STEPS)
             elif name in ("order_strength", "guidance_above"):
                 check_real(name, value, 1)
@@ -83,7 +84,7 @@ class SamplingSettings:
         check_choice("order", self.order, ORDERS)
 
     def faster(self) -> "SamplingSettings":
-        """Half the steps of autoregression, 8 trailing diffusion steps, guidance above 0.25; less where less is set."""
+        """A quarter of the steps of autoregression, 8 trailing diffusion steps, guidance above 0.25, or less."""
         last = self.last_diffusion_steps
         return replace(
             self,
@@ -123,4 +124,5 @@ class SamplingSettings:
             guidance=guidance_ramp(self.guidance_scale, len(predictions), self.min_guidance_scale),
             sigmas=[tuple(schedule.sampling_sigmas(steps, self.spacing).tolist()) for steps in diffusion_steps],
             least_guided=self.guidance_above,
+            refresh_every=self.refresh_every,
         )

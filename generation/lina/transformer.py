@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from generation.lina.attention import ATTENTIONS, GATES, NORMALIZATIONS, Attention
+from generation.lina.attention_memory import EncoderMemory
 from generation.lina.blocks import ContextEncoder, ImageEncoder
 from generation.lina.embeddings import (
     FramePositionEmbedding,
@@ -241,7 +242,8 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Conditions of the token denoiser: see `ImageEncoder.forward`."""
-        return self.image_encoder(tokens, context, self.mask_embed.mask_token, grid, known, wanted, self.shared_values)
+        mask_token, bank = self.mask_embed.mask_token, self.shared_values
+        return self.image_encoder(tokens, context, mask_token, grid, known, wanted, bank, memory)
 
     def draw(
         self,

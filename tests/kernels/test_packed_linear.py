@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from kernels.packed_linear import PackedLinear, can_pack
+from kernels.packed_linear import PackedLinear, activated_linear, can_pack, packed_twin
 
 
 @pytest.fixture
@@ -77,3 +78,33 @@ def test_copies_and_state_dicts_are_ordinary(linear):
     torch.testing.assert_close(copy.deepcopy(packed)(x), expected)
     assert list(packed.state_dict()) == ["weight", "bias"]
     torch.testing.assert_close(packed.double()(x.double()).float(), expected, rtol=1e-5, atol=1e-6)
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 48), nn.LayerNorm(48), nn.Linear(48, 8))
+
+
+def test_twin_computes_the_same_and_leaves_the_module_alone():
+    module, x = two_layers(), torch.randn(5, 24)
+    with torch.no_grad():
+        twin = packed_twin(module)
+        torch.testing.assert_close(twin(x), module(x), rtol=1e-5, atol=1e-6)
+    assert [type(child) for child in module] == [nn.Linear, nn.LayerNorm, nn.Linear]
+    assert type(twin[0]) is PackedLinear
+    assert twin[1] is module[1]
+    module(x).sum().backward()
+    assert module[0].weight.grad is not None
+
+
+def test_twin_of_what_cannot_be_packed_is_the_module():
+    module = two_layers().double()
+    assert packed_twin(module) is module
+
+
+@pytest.mark.parametrize("activation", [F.gelu, F.silu, torch.tanh])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_activated_linear(packed, activation):
+    linear, x = nn.Linear(24, 48), torch.randn(5, 24)
+    layer = PackedLinear(linear) if packed else linear
+    with torch.no_grad():
+        torch.testing.assert_close(activated_linear(layer, x, activation), activation(linear(x)), rtol=1e-5, atol=1e-6)
