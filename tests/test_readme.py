@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md runs, its table of models is counted, its map is complete."""
+"""Every command and Python block of README.md and docs/ runs; README's models are counted, its map is complete."""
 
 import inspect
 import os
@@ -22,9 +22,11 @@ from vision.gated_swin_rmt import GatedSwinRMT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = {
-    language: [text for name, text in FENCED.findall(README) if name == language] for language in ("bash", "python")
+    language: [text for page in PAGES for name, text in FENCED.findall(page) if name == language]
+    for language in ("bash", "python")
 }
 
 
@@ -46,6 +48,12 @@ MNIST = "python -m vision {} --config configs/vision/vig_nano_mnist5k.yaml"
 SHIPPED = "python -m vision predict --checkpoint vig_nano_patch4_28.mnist5k docs/seven.png"
 SHIPPED_MODEL = '"vig_nano_patch4_28.mnist5k", pretrained=True'
 ONE_BLOCK = '"vig_nano_patch4_28", in_chans=1, depth=1'
+DRAW = "python -m generation sample {} --output {}"
+LINA = "python -m generation fit --config configs/generation/{}.yaml"
+LINA_ONE_STEP = (
+    "--trainer.max_steps {} --trainer.enable_progress_bar false --trainer.enable_model_summary false "
+    "--data.init_args.batch_size 2"
+)
 # Each command, and what is put behind it so that it ends within seconds.
 COMMANDS = {
     "make train": DRY_RUN,
@@ -79,6 +87,15 @@ COMMANDS = {
             *["pytorch-image-models/validate.py", "--model", "vig_tiny_patch16_224", "--data-dir", "data/imagenet"],
         ]
     ): AS_IT_STANDS,
+    DRAW.format("'a red circle above a blue square'", "out.png --seed 7 --images 4"): AS_IT_STANDS,
+    DRAW.format("'a green triangle at the top left'", "out.png --animation steps.gif"): AS_IT_STANDS,
+    DRAW.format("--prompts captions.txt", "drawn --images 2"): AS_IT_STANDS,
+    "torchrun --nproc-per-node 2 -m generation sample --prompts captions.txt --output drawn": AS_IT_STANDS,
+    LINA.format("lina_shapes_smoke"): LINA_ONE_STEP.format(1),
+    LINA.format("lina_shapes"): LINA_ONE_STEP.format(1),
+    LINA.format("lina_shapes") + " --ckpt_path last": LINA_ONE_STEP.format(2),
+    "python -m generation evaluate shapes --prompts 500 --guidance 1 3 --steps 16 8 4": HELP,
+    "python -m generation.lina.autoencoder_training --output runs/lina_autoencoder": HELP,
     "python -m kernels.benchmark --threads 1 2": HELP,
     "python -m vision benchmark --only models": HELP,
     "python -m vision benchmark --only inference training memory --largest 1024": HELP,
@@ -104,6 +121,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         "assert __name__ == '__main__'\n"
         "timm.create_model(parser.parse_args().model)\n"
     )
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square at the center\n")
     authors = timm.create_model("vig_tiny_patch16_224")
     torch.save({"model": authors.state_dict()}, tmp_path / "vig_t_77p2acc.pth")
     monkeypatch.chdir(tmp_path)
@@ -115,6 +133,10 @@ def run(command: str, monkeypatch) -> None:
     program, *arguments = shlex.split(command)
     if program == "make":
         subprocess.run([program, "-C", ROOT, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return
+    if program == "torchrun":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], check=True, env=environment)
         return
     assert program == "python"
     kind, what, *arguments = arguments
@@ -170,7 +192,7 @@ def test_python_block(block, folder):
     if "torch.onnx.export" in block:
         assert SHIPPED_MODEL in block
         block = block.replace(SHIPPED_MODEL, ONE_BLOCK)  # a graph of five blocks takes half a minute to write
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(block, "page", "exec"), {"__name__": "__main__"})
 
 
 def between(marker: str) -> str:
@@ -242,12 +264,13 @@ def mapped_files() -> set[str]:
 def test_map_names_every_file_and_nothing_else():
     mapped = mapped_files()
     assert [path for path in mapped if not (ROOT / path).exists()] == []
-    rooms = ("kernels", "vision")
+    rooms = ("kernels", "vision", "generation")
     sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     missing = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"} - mapped
     assert missing == set()
 
 
 def test_links_to_files_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert [link for link in links if not os.path.exists(ROOT / link)] == []
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page.parent / link) for page in pages for link in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    assert [link for link in links if "http" not in str(link) and not link.exists()] == []

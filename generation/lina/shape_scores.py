@@ -8,6 +8,7 @@ prints a table and writes it as JSON.
 import argparse
 import itertools
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -78,6 +80,18 @@ def word_sensitivity(module: LinaTraining) -> dict[str, float]:
         apart = (encoded[None] - encoded[:, None]).norm(dim=-1).amax(-1)
         distances[word] = (apart.sum() / (len(texts) * (len(texts) - 1))).item()
     return distances
+
+
+def captioned_grid(pictures: Tensor, captions: Sequence[str], columns: int = 6) -> Figure:
+    """Pictures `[B, 3, h, w]` in [-1, 1], each below its caption."""
+    rows = -(-len(captions) // columns)
+    figure = Figure(figsize=(2 * columns, 2.3 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, picture, caption in zip(figure.axes, pictures, captions, strict=False):
+        axes.imshow((picture.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy(), interpolation="bicubic")
+        axes.set_title("\n".join(textwrap.wrap(caption, 24)), fontsize=8)
+    return figure
 
 
 class ShapeReport(pl.Callback):
@@ -148,6 +162,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--fast", action="store_true", help="also each setting with fast=True")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/lina_scores.json"), help="JSON file")
+    parser.add_argument("--grid", type=Path, help="also draw 24 captions of the last level as this picture")
     options = parser.parse_args(arguments)
     if options.prompts < 1:
         parser.error(f"--prompts is {options.prompts}; it must be at least 1")
@@ -169,6 +184,11 @@ def main(arguments: list[str]) -> None:
         cells = (f"{scores[name]:.3f}" if name in scores else "" for name in COLUMNS)
         values = "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
         print(f"{level:8}{guidance:9g}{steps:6}{diffusion_steps:10}{fast!s:>6}  {values}", flush=True)
+    if options.grid is not None:
+        captions = [scene.caption for scene in held_out_prompts(options.levels[-1], 24, options.seed + 1)]
+        settings = {"guidance_scale": options.guidance[-1], "num_inference_steps": options.steps[0]}
+        pictures = draw_prompts(pipeline, captions, options.seed, **settings)
+        captioned_grid(pictures, captions).savefig(options.grid, dpi=80)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     report = {"model": options.model, "prompts": options.prompts, "scores": rows}
     options.output.write_text(json.dumps(report, indent=1))
