@@ -22,6 +22,7 @@ test: .venv/.stamp
 bench: .venv/.stamp
 	$(BIN)/python -m kernels.benchmark
 	$(BIN)/python -m vision benchmark
+	$(BIN)/python -m generation benchmark lina
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .
