@@ -92,7 +92,7 @@ def load_pipeline(
         ValueError: a file is missing, damaged, or not what it should be; the message names it, and the tensor.
     """
     folder = Path(path)
-    if text_encoder not in ("lazy", True, False):
+    if text_encoder != "lazy" and not isinstance(text_encoder, bool):
         raise ValueError(f"text_encoder is {text_encoder!r}; valid are 'lazy', True, False")
     _check_index(folder / "model_index.json")
     transformer = load_transformer(folder / "transformer", dtype=dtype, attention=attention, num_heads=num_heads)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
@@ -25,6 +26,25 @@ class Canvas:
     pictures: Tensor
     mask: Tensor
     unknown: Tensor
+
+    def without_the_hidden(self) -> Tensor:
+        """The pictures, `[B, 3, H, W]`, with the nearest visible pixel in the place of each that is to be drawn.
+
+        An autoencoder looks around: what is about to vanish must not colour the tokens beside it.
+        """
+        filled = self.pictures.clone()
+        for picture, mask in zip(filled, self.mask[:, 0].expand(len(filled), -1, -1), strict=True):
+            hidden = mask > 0.5
+            if hidden.all():
+                picture.zero_()
+                continue
+            options = {"distanceType": cv2.DIST_L2, "maskSize": 5, "labelType": cv2.DIST_LABEL_PIXEL}
+            _, labels = cv2.distanceTransformWithLabels(hidden.to(torch.uint8).numpy(), **options)
+            labels = torch.from_numpy(labels).long()
+            visible = torch.zeros(3, int(labels.max()) + 1)
+            visible[:, labels[~hidden]] = picture[:, ~hidden]
+            picture[:, hidden] = visible[:, labels[hidden]]
+        return filled
 
     def keep(self, drawn: Tensor) -> Tensor:
         """`drawn` where the mask says so, elsewhere the picture."""

@@ -406,7 +406,7 @@ class LinaPipeline(DiffusionPipeline):
             nothing = torch.zeros(images, count, dtype=torch.bool, device=device)
             return torch.zeros(images, count, dim, device=device, dtype=dtype), nothing
         vae = self._present(self.vae)
-        latents = vae.encode(canvas.pictures.to(device, vae.dtype)).latent_dist.mode()
+        latents = vae.encode(canvas.without_the_hidden().to(device, vae.dtype)).latent_dist.mode()
         latents = (latents - self._shift) * vae.config.scaling_factor
         return patchify(latents.to(dtype), config.patch_size), ~canvas.unknown.to(device)
 

@@ -46,6 +46,7 @@ class LinaTraining(pl.LightningModule):
         shift: of the noise levels.
 
     Raises:
+        ValueError: an argument is out of range.
         RuntimeError: the loss is not finite.
     """
 
@@ -66,6 +67,19 @@ class LinaTraining(pl.LightningModule):
         shift: float = 1.0,
     ):
         super().__init__()
+        for name, value, valid, words in (
+            ("learning_rate", learning_rate, learning_rate > 0, "above 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
+            ("flat", flat, 0 <= flat < 1, "at least 0 and below 1"),
+            ("ema_decay", ema_decay, 0 <= ema_decay < 1, "at least 0 and below 1"),
+            ("loss_repeat", loss_repeat, loss_repeat >= 1, "at least 1"),
+            ("least_masked", least_masked, 0 <= least_masked < 1, "at least 0 and below 1"),
+            ("prompt_dropout", prompt_dropout, 0 <= prompt_dropout <= 1, "from 0 to 1"),
+            ("shift", shift, shift > 0, "above 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {value}; it must be {words}")
         self.save_hyperparameters()
         self.transformer = LinaTransformer(**transformer)
         self.text_encoder = WordTextEncoder(**text_encoder) if isinstance(text_encoder, dict) else None
@@ -122,14 +136,19 @@ class LinaTraining(pl.LightningModule):
         if isinstance(condition, Tensor):
             condition = torch.where(dropped, nothing, condition)
         else:
+            # What is dropped stays in the graph, for each process of a distributed run needs all gradients.
+            unused = sum((c.sum() * 0 for c in condition), tokens.new_zeros(()))
             condition = [n if drop else c for n, c, drop in zip(nothing, condition, dropped.tolist(), strict=True)]
+            tokens = tokens + unused
         settings = self.hparams
         draw = self.transformer.draw(tokens, self.schedule, settings.loss_repeat, settings.least_masked, generator)
         return self.transformer(tokens, condition, draw, self.schedule)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        # Noise depends on seed, step and process alone, so that a resumed run draws what it would have drawn.
-        generator = torch.Generator(self.device).manual_seed((self.seed + self.global_step) * 4096 + self.global_rank)
+        # Noise depends on seed, batch and process alone, so that a resumed run draws what it would have drawn.
+        accumulated = self.trainer.accumulate_grad_batches
+        batch_number = self.global_step * accumulated + batch_index % accumulated
+        generator = torch.Generator(self.device).manual_seed((self.seed + batch_number) * 4096 + self.global_rank)
         loss = self.loss(batch, self.hparams.prompt_dropout, generator)
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate")
@@ -144,8 +163,15 @@ class LinaTraining(pl.LightningModule):
         losses, size = {"val/loss": loss, "val/loss_of_average": averaged}, len(batch["image"])
         self.log_dict(losses, prog_bar=True, sync_dist=True, batch_size=size)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        # Not in a hook after the batch: Lightning writes checkpoints before it comes to the module's hooks.
+        super().optimizer_step(*arguments, **options)
         self.average.step(self._trained())
+
+    def on_fit_start(self) -> None:
+        self.average.to(self.device)
+
+    on_validation_start = on_fit_start
 
     @rank_zero_only
     def on_train_end(self) -> None:
@@ -163,8 +189,14 @@ class LinaTraining(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # A fused optimiser would make Lightning refuse to clip.
+        # Lightning refuses to clip for a fused optimiser, with which gradients scaled for float16 cannot be clipped.
         if gradient_clip_val:
+            if gradient_clip_algorithm not in (None, "norm"):
+                raise ValueError(f"gradient_clip_algorithm is {gradient_clip_algorithm!r}; LINA is clipped by 'norm'")
+            if self.trainer.precision == "16-mixed":
+                raise ValueError(
+                    "precision is '16-mixed', which cannot be clipped here; valid are 'bf16-mixed', '32-true'"
+                )
             nn.utils.clip_grad_norm_(self._trained(), gradient_clip_val)
 
     def configure_optimizers(self) -> dict[str, Any]:

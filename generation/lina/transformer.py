@@ -26,11 +26,17 @@ from generation.lina.embeddings import (
     LabelEmbedding,
     MaskEmbedding,
     TextEmbedding,
+    rotary_angles,
 )
 from generation.lina.token_denoiser import TIME_SCALE, FlowSchedule, TokenDenoiser
 
 SIZES = {"0.4B": (768, 12), "0.6B": (1024, 16), "1.4B": (1536, 16), "1.5B": (1536, 16)}  # width, heads
 IMAGENET_CLASSES = 1000
+LEAST = {
+    **dict.fromkeys(("width", "num_heads", "decoder_depth", "latent_channels", "patch_size", "text_length"), 1),
+    **dict.fromkeys(("text_dim", "num_classes", "denoiser_width"), 1),
+    **dict.fromkeys(("context_depth", "encoder_depth", "denoiser_depth", "locality", "value_bank"), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,13 @@ class LinaTransformer(ModelMixin, ConfigMixin):
         for name, choices in (("attention", ATTENTIONS), ("normalization", NORMALIZATIONS), ("gates", (None, *GATES))):
             if config[name] not in choices:
                 raise ValueError(f"{name} is {config[name]!r}; valid are {', '.join(map(repr, choices))}")
-        for name in ("width", "num_heads", "decoder_depth", "latent_channels", "patch_size", "text_length"):
-            if config[name] < 1:
-                raise ValueError(f"{name} is {config[name]}; it is at least 1")
+        for name, least in LEAST.items():
+            if config[name] is not None and config[name] < least:
+                raise ValueError(f"{name} is {config[name]}; it is at least {least}")
+        if config.mlp_ratio * config.width < 1:
+            raise ValueError(
+                f"mlp_ratio is {config.mlp_ratio}; the MLPs' width, it times {config.width}, is at least 1"
+            )
         if config.width % config.num_heads or config.width % 4:
             raise ValueError(f"width is {config.width}; it must divide by 4 and by num_heads, {config.num_heads}")
         if (config.text_dim is None) == (config.num_classes is None):
@@ -147,6 +157,12 @@ class LinaTransformer(ModelMixin, ConfigMixin):
             )
         if config.attention == "softmax" and config.gates is not None:
             raise ValueError(f"gates is {config.gates!r}; softmax attention takes None")
+        if config.attention == "softmax" and config.normalization != "division":
+            raise ValueError(
+                f"normalization is {config.normalization!r}; softmax attention has its own: leave 'division'"
+            )
+        if config.rotary:
+            rotary_angles(config.width // config.num_heads, (1, 1), 0, torch.empty(0))
         if config.locality and config.locality % 2 == 0:
             raise ValueError(f"locality is {config.locality}; it is odd, or 0")
         self.grid_of(config.latent_size)

@@ -6,12 +6,13 @@ ALIGNMENT = 64  # bytes, of PyTorch's allocator
 
 
 def not_finite(module: nn.Module) -> str | None:
-    """The name of a parameter that holds NaN or infinity, None if none does."""
-    parameters = dict(module.named_parameters())
+    """The name of a parameter or buffer that holds NaN or infinity, None if none does."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and len(tensor)}
     # One number is looked at, so that a GPU is waited for once.
-    if nn.utils.get_total_norm([p.detach() for p in parameters.values()], norm_type=float("inf")).isfinite():
+    if nn.utils.get_total_norm(tensors.values(), norm_type=float("inf")).isfinite():
         return None
-    return next((name for name, parameter in parameters.items() if not parameter.isfinite().all()), None)
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def align(module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from generation.lina.autoencoder import TinyAutoencoder
-from generation.lina.pipeline import LinaPipeline, outpainting_canvas, save_animation
+from generation.lina.painting import Canvas, outpainting_canvas, save_animation
+from generation.lina.pipeline import LinaPipeline
 from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.transformer import LinaTransformer
 
@@ -261,7 +262,7 @@ def test_ways_to_draw(pipeline, options):
 
 def test_fast_is_what_its_docstring_says(pipeline):
     options = {"num_inference_steps": 9, "num_diffusion_steps": 25}
-    same = {"num_inference_steps": 5, "num_diffusion_steps": 8, "spacing": "trailing", "guidance_above": 0.25}
+    same = {"num_inference_steps": 3, "num_diffusion_steps": 8, "spacing": "trailing", "guidance_above": 0.25}
     assert torch.equal(draw(pipeline, "red", fast=True, **options), draw(pipeline, "red", **same))
 
 
@@ -289,6 +290,28 @@ def test_in_painting_keeps_what_is_not_masked(pipeline):
     assert_close(as_tensor, single, atol=1e-5, rtol=0)
     other = draw(pipeline, "red", image=picture.convert("L").convert("RGBA"), mask_image=Image.fromarray(mask))
     assert (other - single)[..., torch.from_numpy(mask > 0)].abs().max() > 1e-3
+
+
+def test_what_lies_under_the_mask_does_not_matter(pipeline):
+    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 3:20, 10:22] = 1
+    drawn = []
+    for seed in (1, 2):
+        other = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        options = {"image": torch.where(mask > 0, other, pictures), "mask_image": mask, "output_type": "latent"}
+        drawn.append(draw(pipeline, "red", generator=seeds(0), **options))
+    assert torch.equal(*drawn)
+
+
+def test_hidden_pixels_become_their_nearest_visible_ones():
+    pictures = torch.arange(48.0).view(1, 3, 4, 4)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2:, :] = 1
+    filled = Canvas(pictures, mask, torch.ones(1, 4, dtype=torch.bool)).without_the_hidden()
+    assert torch.equal(filled[:, :, :2], pictures[:, :, :2])
+    assert torch.equal(filled[:, :, 2:], pictures[:, :, 1:2].expand(-1, -1, 2, -1))
+    assert not Canvas(pictures, torch.ones_like(mask), mask).without_the_hidden().any()
 
 
 def test_outpainting(pipeline):
@@ -407,11 +430,19 @@ def test_refused_before_anything_is_drawn(pipeline, name, monkeypatch):
         pipeline(**arguments)
 
 
-@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
-def test_damaged_weights_are_named(pipeline, component, monkeypatch):
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        ("transformer", "video_encoder.blocks.0.attn.qkv.weight"),
+        ("transformer", "text_embed.weight"),
+        ("vae", "encoder.1.bias"),
+        ("vae", "latents_std"),
+        ("text_encoder", "embedding.weight"),
+    ],
+)
+def test_damaged_weights_are_named(pipeline, component, name, monkeypatch):
     draw(pipeline, "red")
-    name, parameter = list(getattr(pipeline, component).named_parameters())[3]
-    parameter.data.flatten()[0] = float("nan")
+    getattr(pipeline, component).state_dict()[name].flatten()[0] = float("nan")
     monkeypatch.setattr(pipeline.transformer, "encode_condition", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=f"{component}: the weights {name} are not finite"):
         draw(pipeline, "red")

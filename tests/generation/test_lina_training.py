@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from generation.lina.autoencoder import TinyAutoencoder
@@ -65,16 +69,6 @@ def trainer(folder: Path, steps: int, **options) -> pl.Trainer:
     )
 
 
-class StopAfter(pl.Callback):
-    """Ends a training as a signal would: between two steps."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
-        trainer.should_stop = trainer.global_step >= self.steps
-
-
 def weights(module: LinaTraining) -> dict[str, Tensor]:
     averages = {f"average.{i}": tensor for i, tensor in enumerate(module.average.shadow_params)}
     return {**{name: p.detach().clone() for name, p in module.named_parameters()}, **averages}
@@ -97,25 +91,111 @@ def test_one_batch_is_learned_by_heart(autoencoder):
     assert sum(losses[-20:]) / 20 < 0.6 * sum(losses[:5]) / 5
 
 
-def test_resumed_training_ends_with_the_same_weights(autoencoder, tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_training_resumed_from_a_periodic_checkpoint_ends_with_the_same_weights(autoencoder, tmp_path, accumulated):
     def data() -> CaptionedShapes:
-        return CaptionedShapes("single", batch_size=4, images_per_epoch=16)
+        return CaptionedShapes("single", batch_size=4, images_per_epoch=32)
 
-    straight = training(autoencoder)
-    pl.seed_everything(1, verbose=False)
-    trainer(tmp_path, 7).fit(straight, data())
+    def run(module: LinaTraining, **options) -> LinaTraining:
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        options = {"callbacks": [keep], "enable_checkpointing": True, "accumulate_grad_batches": accumulated}
+        trainer(tmp_path, 7, **options).fit(module, data(), **resume, weights_only=True)
+        return module
 
-    first = training(autoencoder)
+    resume: dict = {}
     pl.seed_everything(1, verbose=False)
-    half = trainer(tmp_path, 7, callbacks=[StopAfter(steps=3)])
-    half.fit(first, data())
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    second = training(autoencoder)
+    straight = run(training(autoencoder))
+    resume = {"ckpt_path": tmp_path / "step=3.ckpt"}
+    resumed = training(autoencoder)
     torch.manual_seed(99)
-    trainer(tmp_path, 7).fit(second, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    run(resumed)
+    assert straight.average.optimization_step == resumed.average.optimization_step == 7
+    expected, actual = weights(straight), weights(resumed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
-    expected, resumed = weights(straight), weights(second)
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+def test_accumulated_batches_have_noise_of_their_own(autoencoder, tmp_path, monkeypatch):
+    seeds = []
+    module = training(autoencoder)
+    loss = module.loss
+
+    def watched(batch, dropout, generator):
+        seeds.append(generator.initial_seed())
+        return loss(batch, dropout, generator)
+
+    monkeypatch.setattr(module, "loss", watched)
+    data = CaptionedShapes("single", batch_size=4, images_per_epoch=16)
+    trainer(tmp_path, 2, accumulate_grad_batches=2).fit(module, data)
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_all_captions_dropped_leave_every_parameter_its_gradient(autoencoder):
+    """Processes of a distributed run wait for the gradients of all parameters."""
+    module = training(autoencoder)
+    module.loss({"image": torch.rand(2, 3, 32, 32), "caption": ["a red circle"] * 2}, dropout=1.0).backward()
+    assert all(parameter.grad is not None for parameter in module.text_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1.0),
+        ("weight_decay", -0.1),
+        ("warmup_steps", -1),
+        ("flat", 1.0),
+        ("ema_decay", 2.0),
+        ("loss_repeat", 0),
+        ("least_masked", 1.5),
+        ("prompt_dropout", 2.0),
+        ("shift", 0.0),
+        ("learning_rate", math.nan),
+    ],
+)
+def test_settings_out_of_range(autoencoder, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        training(autoencoder, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_algorithm": "value"}, "gradient_clip_algorithm is 'value'"),
+        ({"precision": "16-mixed"}, "precision is '16-mixed'"),
+    ],
+    ids=["by value", "float16"],
+)
+def test_gradients_that_cannot_be_clipped(autoencoder, options, message):
+    module = training(autoencoder)
+    module._trainer = SimpleNamespace(precision=options.get("precision", "32-true"))
+    with pytest.raises(ValueError, match=message):
+        module.configure_gradient_clipping(None, 1.0, options.get("gradient_clip_algorithm"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_one_model(autoencoder, tmp_path):
+    code = (
+        "import sys, torch, lightning.pytorch as pl\n"
+        "from generation.lina.captioned_shapes import CaptionedShapes\n"
+        "from generation.lina.training import LinaTraining\n"
+        "from tests.generation.test_lina_training import TRANSFORMER\n"
+        "pl.seed_everything(1)\n"
+        "module = LinaTraining(TRANSFORMER, sys.argv[1], {'dim': 16, 'num_heads': 2}, warmup_steps=2)\n"
+        "trainer = pl.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_steps=3, logger=False,\n"
+        "    limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,\n"
+        "    default_root_dir=sys.argv[2],\n"
+        "    gradient_clip_val=1.0)\n"
+        "trainer.fit(module, CaptionedShapes('single', batch_size=4, images_per_epoch=16))\n"
+        "torch.save(module._trained(), f'{sys.argv[2]}/{trainer.global_rank}.pt')\n"
+    )
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), autoencoder, str(tmp_path)], check=True, env=environment, timeout=300)
+    with torch.serialization.safe_globals([torch.nn.Parameter]):
+        first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
 def test_moving_average_starts_fast_and_is_given_back(autoencoder, tmp_path):
