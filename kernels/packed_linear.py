@@ -12,6 +12,17 @@ ACTIVATIONS = {F.gelu: ("gelu", "none"), F.silu: ("swish", "")}
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
+# What `nn.Module` calls around `forward`, of one module.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling `linear` is no more than the product with its weight: a subclass, a parametrised or wrapped
+    layer, one with hooks and one whose own `forward` was replaced may do anything else."""
+    hooked = any(getattr(linear, name) for name in _HOOKS)
+    return type(linear) in (nn.Linear, PackedLinear) and not hooked and "forward" not in linear.__dict__
+
+
 def can_pack(linear: nn.Linear) -> bool:
     """Whether `linear` lies on a CPU whose PyTorch has oneDNN, in float32."""
     weight = linear.weight
@@ -66,13 +77,14 @@ class PackedLinear(nn.Module):
 
 
 def packed_twin(module: nn.Module) -> nn.Module:
-    """`module` for a while of inference: the same parameters, buffers and hooks, but its linear layers packed.
+    """`module` for a while of inference: the same parameters, buffers and hooks, but its plain linear layers packed.
 
     `module` itself stays as it is, so that it can be trained on; a twin made anew never lags behind. It is `module`
-    where nothing in it can be packed. The packed weights are copies: they take as much memory as the plain ones.
+    where nothing in it can be packed. The packed weights are copies: they take as much memory as the plain ones. A
+    linear layer with hooks or a `forward` of its own (see `is_plain`) is taken as it is.
     """
     if type(module) is nn.Linear:
-        return PackedLinear(module) if can_pack(module) and not module._forward_hooks else module
+        return PackedLinear(module) if is_plain(module) and can_pack(module) else module
     children = {name: None if child is None else packed_twin(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module

@@ -21,6 +21,7 @@ from generation.lina.attention_memory import AttentionMemory
 from generation.lina.embeddings import rotate
 from kernels.fused_layers import add_image_convolution, depthwise_convolution
 from kernels.linear_attention import linear_attention
+from kernels.packed_linear import is_plain
 
 ATTENTIONS = ("linear", "softmax")
 NORMALIZATIONS = ("division", "subtraction")
@@ -154,8 +155,12 @@ class Attention(nn.Module):
         if wanted is None:
             return self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         width = x.shape[2]
-        query = F.linear(gather(x, wanted), self.qkv.weight[:width], self.qkv.bias[:width])
-        key_value = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
+        if is_plain(self.qkv):
+            query = F.linear(gather(x, wanted), self.qkv.weight[:width], self.qkv.bias[:width])
+            key_value = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
+        else:  # an adapter or a hook does more than its weight tells, and is to be called with all tokens
+            query, key_value = self.qkv(x).split([width, 2 * width], 2)
+            query = gather(query, wanted)
         return query.unflatten(2, (self.heads, -1)), *key_value.unflatten(2, (2, self.heads, -1)).unbind(2)
 
     def _add_locality(self, mixed: Tensor, x: Tensor, grid: tuple[int, int], wanted: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from generation.atomic_files import write_atomically
+
 
 @dataclass(frozen=True)
 class Canvas:
@@ -120,7 +122,7 @@ def outpainting_canvas(
 
 
 def save_animation(steps: Sequence[Image.Image], path: str | Path, seconds: float = 3.0, magnify: int = 1) -> None:
-    """Write the pictures after each step as an animated GIF or WebP that pauses at its end.
+    """Write the pictures after each step as an animated GIF or WebP that pauses at its end, whole or not at all.
 
     Args:
         steps: of one image, `LinaPipelineOutput.steps[i]`.
@@ -137,4 +139,5 @@ def save_animation(steps: Sequence[Image.Image], path: str | Path, seconds: floa
     frames = [step.resize((step.width * magnify, step.height * magnify), Image.Resampling.NEAREST) for step in steps]
     duration = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
     duration[-1] += 1500
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    options = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
+    write_atomically(path, lambda partial: frames[0].save(partial, **options))

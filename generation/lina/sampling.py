@@ -71,7 +71,7 @@ class Plan:
         sigmas: of each step, the noise levels of the token denoiser, descending from 1 to 0.
         least_guided: below this noise level there is no guidance; 0 is exact.
         refresh_every: so many steps share what the first half of the image encoder made of the tokens known at the
-            first of them; 1 is exact, more needs linear attention by division.
+            first of them, unless these are changed; 1 is exact, more needs linear attention by division.
     """
 
     order: Tensor
@@ -135,8 +135,11 @@ def draw_tokens(
             condition = gather(condition, wanted.repeat(len(contexts), 1))
         else:
             several = [x.repeat(len(contexts), *[1] * (x.dim() - 1)) for x in (tokens, visible, wanted)]
-            if memory is not None and memory.context is not None and len(memory.context) != len(several[0]):
-                memory = EncoderMemory.of_depth(config.encoder_depth)  # guidance began or ended
+            if memory is not None:
+                seen = gather(several[0], several[1])
+                if not memory.is_of(seen):  # guidance began or ended, or the caller changed known tokens
+                    memory = EncoderMemory.of_depth(config.encoder_depth)
+                memory.seen = seen
             condition = model.encode_image(several[0], torch.cat(contexts), grid, several[1], several[2], memory)
         drawn = denoise(noise(step, wanted), condition, sigmas, guidance, plan.least_guided)
         tokens.scatter_(1, wanted[..., None].expand_as(drawn), drawn)

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from generation.lina.pipeline import LinaPipeline
 
-from generation.lina.pipeline import LinaPipeline
-
+INDEX = "model_index.json"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 SHIPPED = {"shapes": "lina_shapes", "openmoji": "lina_openmoji"}
 
@@ -16,7 +17,25 @@ def folder_of(model: str | Path) -> Path:
     return CHECKPOINTS / SHIPPED[model] if model in SHIPPED else Path(model)
 
 
-def load_pipeline(model: str | Path) -> LinaPipeline:
+def models_there() -> list[str]:
+    """Names of the shipped models that this installation holds."""
+    return [name for name in SHIPPED if (folder_of(name) / INDEX).is_file()]
+
+
+def check_model(model: str | Path) -> Path:
+    """The folder of a model.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    folder = folder_of(model)
+    if not (folder / INDEX).is_file():
+        valid = ", ".join([*models_there(), f"or a folder with {INDEX}"])
+        raise ValueError(f"model is {str(model)!r}; expected {valid}")
+    return folder
+
+
+def load_pipeline(model: str | Path) -> "LinaPipeline":
     """Load a pipeline, in float32 and evaluation mode.
 
     Args:
@@ -25,11 +44,13 @@ def load_pipeline(model: str | Path) -> LinaPipeline:
     Raises:
         ValueError: it is neither.
     """
-    folder = folder_of(model)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        shipped = [name for name, path in SHIPPED.items() if (CHECKPOINTS / path).is_dir()]
-        raise ValueError(f"model is {str(model)!r}; expected {', '.join(shipped)}, or a folder with model_index.json")
+    # Not above: command lines ask this module for names before they load anything that takes seconds.
+    from torch import nn
+
+    from generation.lina.pipeline import LinaPipeline
+
+    folder = check_model(model)
+    index = folder / INDEX
     try:
         kind = json.loads(index.read_text()).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:

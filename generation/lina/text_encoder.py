@@ -4,6 +4,7 @@ import logging
 import re
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,20 @@ logger = logging.getLogger(__name__)
 
 WORD = re.compile(r"\w+")
 REMEMBERED_PROMPTS = 1 << 16  # beyond which the memory of tokenised prompts is emptied
+SHOWN_PROMPT, SHOWN_WORD, SHOWN_WORDS = 77, 20, 8  # in warnings: characters, and how many unknown words
+SHOWN_VOCABULARY = 40  # words
+
+
+class Words(NamedTuple):
+    """A prompt, read: embedding indices, those of its words that have no embedding of their own, and its length."""
+
+    tokens: list[int]
+    unknown: tuple[str, ...]
+    length: int
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class TransformerBlock(nn.Module):
@@ -43,7 +58,7 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
     """Prompts to one vector a word, without padding.
 
     Prompts are lower-cased and split at whitespace and punctuation. Words outside the vocabulary share `buckets`
-    embeddings by a hash, so that every prompt is accepted; words that share one cannot be told apart.
+    embeddings by a hash, so that every prompt is accepted, with a warning; words that share one cannot be told apart.
 
     Args:
         vocabulary: words with an embedding of their own, lower case; those of captioned shapes by default.
@@ -83,20 +98,39 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList([TransformerBlock(dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.embedding.weight)
-        self._tokens_of: dict[str, list[int]] = {}
+        self._words_of: dict[str, Words] = {}
 
     def tokenize(self, prompt: str) -> list[int]:
         """Embedding indices of a prompt's words, `max_length` at most."""
-        tokens = self._tokens_of.get(prompt)
-        if tokens is None:
-            words, most = WORD.findall(prompt.lower()), self.config.max_length
-            if len(words) > most:
-                logger.warning("prompt %r has %d words; those after the first %d are cut", prompt, len(words), most)
-            tokens = [self._token(word) for word in words[:most]]
-            if len(self._tokens_of) >= REMEMBERED_PROMPTS:
-                self._tokens_of.clear()
-            self._tokens_of[prompt] = tokens
-        return tokens
+        return self._read(prompt).tokens
+
+    def _read(self, prompt: str) -> Words:
+        read = self._words_of.get(prompt)
+        if read is None:
+            found = WORD.findall(prompt.lower())
+            kept = found[: self.config.max_length]
+            unknown = tuple(word for word in kept if word not in self.index_of)
+            read = Words([self._token(word) for word in kept], unknown, len(found))
+            if len(self._words_of) >= REMEMBERED_PROMPTS:
+                self._words_of.clear()
+            self._words_of[prompt] = read
+        return read
+
+    def _warn(self, prompts: Sequence[str], words: Sequence[Words]) -> None:
+        """Of prompts that are cut and of unknown words, once each, however many there are."""
+        most = self.config.max_length
+        if cut := {prompt: own.length for prompt, own in zip(prompts, words, strict=True) if own.length > most}:
+            prompt, length = next(iter(cut.items()))
+            others = f" (so are {len(cut) - 1} other prompts)" if len(cut) > 1 else ""
+            shown = shortened(prompt, SHOWN_PROMPT)
+            logger.warning("prompt %r has %d words; those after the first %d are cut%s", shown, length, most, others)
+        if unknown := list(dict.fromkeys(word for own in words for word in own.unknown)):
+            shown = ", ".join(repr(shortened(word, SHOWN_WORD)) for word in unknown[:SHOWN_WORDS])
+            others = f" and {len(unknown) - SHOWN_WORDS} more" if len(unknown) > SHOWN_WORDS else ""
+            known = list(self.index_of)
+            first = ", ".join(known[:SHOWN_VOCABULARY]) + (", ..." if len(known) > SHOWN_VOCABULARY else "")
+            message = "unknown words: %s%s; the model has learnt nothing of them. Its vocabulary is %d words: %s"
+            logger.warning(message, shown, others, len(known), first)
 
     def _token(self, word: str) -> int:
         if word in self.index_of:
@@ -108,7 +142,9 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         """One (length, dim) tensor a prompt, length its number of words: 0 for an empty prompt."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the string {prompts!r}; it must be a list of prompts")
-        tokens = [self.tokenize(prompt) for prompt in prompts]
+        words = [self._read(prompt) for prompt in prompts]
+        self._warn(prompts, words)
+        tokens = [own.tokens for own in words]
         worded = [i for i, own in enumerate(tokens) if own]
         encoded = [self.positions.new_zeros(0, self.config.dim) for _ in tokens]
         if not worded:

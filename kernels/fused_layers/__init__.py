@@ -105,7 +105,7 @@ def add_image_convolution(
 
     Args:
         tokens: (B, N, C).
-        x: (B, N, C).
+        x: (B, N, C); may be `tokens`, or share its memory: where that is overwritten, the image is copied before.
         weight: (C, 1, K, K); as in `depthwise_convolution`, like `bias`.
         bias: (C,), or None for none.
         grid: (h, w), at most N pixels.

@@ -276,10 +276,10 @@ template <typename F> void with_arithmetic(int32_t dtype, F&& f) {
 
 }  // namespace
 
-// Maps [batch, height, width, channels] have evenly spaced pixels in each image and evenly spaced images, those written no
-// gaps between pixels; weight [channels][kernel * kernel], bias and their gradients are contiguous, of the arithmetic's
-// type; bias and the data of the residual may be null, and the residual may be the result's own memory. `add_input`: the
-// input is the residual too.
+// Maps [batch, height, width, channels] have evenly spaced pixels in each image and evenly spaced images, those written
+// no gaps between pixels; weight [channels][kernel * kernel], bias and their gradients are contiguous, of the
+// arithmetic's type; bias and the data of the residual may be null. The residual may be the result's own memory, the
+// input may not. `add_input`: the input is the residual too.
 
 extern "C" void depthwise_convolution_forward(
     Tensor x, Tensor residual, Tensor out, const void* weight, const void* bias, int64_t batch, int64_t height, int64_t width,

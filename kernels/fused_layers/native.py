@@ -229,10 +229,22 @@ def depthwise_convolution_backward(
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the first to the last byte of both share any; addresses tell it even where storages differ."""
+    if not a.numel() or not b.numel():
+        return False
+    begins, ends = [], []
+    for tensor in (a, b):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begins.append(tensor.data_ptr())
+        ends.append(tensor.data_ptr() + (last + 1) * tensor.element_size())
+    return max(begins) < min(ends)
+
+
 def add_image_convolution(
     tokens: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], out: Tensor
 ) -> None:
-    """Into `out`, which may be `tokens` and then keeps what comes before the image."""
+    """Into `out`, which may be `tokens` and then keeps what comes before the image; `x` may share its memory."""
     before = tokens.shape[1] - grid[0] * grid[1]
     if out is not tokens:
         out[:, :before] = tokens[:, :before]
@@ -244,7 +256,11 @@ def add_image_convolution(
     # The kernel writes pixels without gaps between them.
     in_place = _in_memory_of(wide, target) is target and _spacing(target[0]) == target.shape[-1]
     written = target if in_place else torch.empty(target.shape, dtype=wide)
-    maps = (_in_memory_of(wide, image), _in_memory_of(wide, given), written)
+    read = _in_memory_of(wide, image)
+    if in_place and _may_overlap(read, written):
+        # Rows would be overwritten before the window of their neighbours has seen them.
+        read = read.clone(memory_format=torch.contiguous_format)
+    maps = (read, _in_memory_of(wide, given), written)
     _run("depthwise_convolution_forward", weights, (), *image.shape, weight.shape[-1], False, False, maps=maps)
     if not in_place:
         target.copy_(written)

@@ -1,4 +1,4 @@
-"""The native and Triton linear attentions as PyTorch operators: fake kernels, gradients, autocast.
+"""The native and Triton linear attentions as PyTorch operators, with fake kernels and gradients.
 
 Each backend's module has the two functions called here. The operator returns, besides the output, what its gradient
 needs: the state (B, heads, D, V) and the sums of keys and of values, (B, heads, D + V). Gradients of gradients are not

@@ -1,5 +1,8 @@
 """Encoding of known tokens with sums kept over several steps: exact where nothing is kept, near where something is."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,6 +35,23 @@ def test_sums_of_parts_are_the_sums_of_all(parts):
     assert memory.count == 9
 
 
+def test_sums_keep_float64():
+    query, key, value = torch.randn(3, 2, 9, 3, 16, dtype=torch.float64)
+    read = AttentionMemory().attend(query, key, value)
+    assert read.dtype == torch.float64
+    torch.testing.assert_close(read, linear_attention(query, key, value), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_does_not_round_the_sums(dtype):
+    query, key, value = torch.randn(3, 2, 9, 3, 16).to(dtype)
+    expected = AttentionMemory().attend(query, key, value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = AttentionMemory().attend(query, key, value)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
 @pytest.fixture
 def model() -> LinaTransformer:
     torch.manual_seed(0)
@@ -55,7 +75,13 @@ def test_first_call_with_a_memory_is_the_call_without(model):
     assert 0 < off < without_the_new
 
 
-def draw(model: LinaTransformer, refresh_every: int, guidance: list[float]) -> torch.Tensor:
+def draw(
+    model: LinaTransformer,
+    refresh_every: int,
+    guidance: list[float],
+    change: Callable[[int, torch.Tensor], None] = lambda step, tokens: None,
+) -> torch.Tensor:
+    """`change` may alter the tokens, in place, after each step; the order is the same in every call."""
     generator = torch.Generator().manual_seed(1)
     plan = Plan(
         order=torch.rand(2, 64, generator=generator).argsort(1),
@@ -75,7 +101,10 @@ def draw(model: LinaTransformer, refresh_every: int, guidance: list[float]) -> t
             plan,
             lambda _, wanted: noise.gather(1, wanted[..., None].expand(-1, -1, 4)),
         )
-        return [tokens.clone() for tokens in steps][-1]
+        for step, drawn in enumerate(steps):
+            change(step, drawn)
+            tokens = drawn
+        return tokens
 
 
 @pytest.mark.parametrize("guidance", [[2.0] * 4, [1.0, 2.0, 3.0, 4.0]], ids=["constant", "begins late"])
@@ -86,6 +115,34 @@ def test_sampling_with_refreshed_memory_stays_near(model, guidance):
     exact, kept = draw(model, 1, guidance), draw(model, 3, guidance)
     assert not torch.equal(exact, kept)
     assert (kept - exact).norm() / exact.norm() < 0.2
+
+
+def test_changed_tokens_are_encoded_again(model):
+    """What was drawn in the first step is changed after the third: the last step's memory is a fresh one, so exact."""
+    torch.nn.init.normal_(model.image_decoder.head.weight, std=0.2)
+    for block in model.image_decoder.blocks:
+        torch.nn.init.normal_(block.norm1.proj.weight, std=0.1)
+    first, before_last = [], []
+
+    def record(step: int, tokens: torch.Tensor) -> None:
+        if step == 0:
+            first.append(tokens != 0)
+        elif step == 2:
+            before_last.append(tokens.clone())
+
+    def replay(step: int, tokens: torch.Tensor, factor: float = 1.0) -> None:
+        record(step, tokens)
+        if step == 2:  # the same tokens for both, so that only the last step's encoding can differ
+            tokens.copy_(before_last[0])
+            tokens[first[-1]] *= factor
+
+    kept = draw(model, 4, [2.0] * 4, partial(replay, factor=3.0))
+    exact = draw(model, 1, [2.0] * 4, partial(replay, factor=3.0))
+    torch.testing.assert_close(kept, exact, rtol=1e-4, atol=1e-4)
+    before_last.clear()
+    unchanged = draw(model, 4, [2.0] * 4, replay)
+    exact = draw(model, 1, [2.0] * 4, replay)
+    assert (unchanged - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

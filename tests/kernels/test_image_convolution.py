@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused_layers import add_image_convolution, operators
+from kernels.fused_layers import add_image_convolution, native, operators
 
 GRID = (5, 9)
 
@@ -68,6 +68,36 @@ def test_views_are_written_and_read_where_they_lie():
     scattered = tokens.transpose(1, 2).contiguous().transpose(1, 2)
     add_image_convolution(scattered, x, *rest, grid=GRID, overwrite=True, backend="native")
     assert torch.equal(scattered, expected)
+
+
+SHARED = {  # tokens and x as views of one tensor (2, 60, 32)
+    "the same": lambda memory: (memory[:, :48, :16].contiguous(),) * 2,
+    "x a token later": lambda memory: (memory[:, :48], memory[:, 1:49]),
+    "x a token earlier": lambda memory: (memory[:, 1:49], memory[:, :48]),
+    "next image": lambda memory: (memory[:1, :48], memory.flatten(0, 1)[None, 40:88]),
+    "one x for both images": lambda memory: (memory[:, :48], memory[:, :48].as_strided((2, 48, 32), (0, 32, 1))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("views", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_in_place_where_x_shares_the_memory(backend, views, dtype):
+    tokens, x = views(torch.randn(2, 60, 32, dtype=dtype))
+    weight, bias = (t.to(dtype) for t in inputs(tokens.shape[2])[2:])
+    expected = add_image_convolution(tokens.clone(), x.clone(), weight, bias, grid=GRID, backend=backend)
+    output = add_image_convolution(tokens, x, weight, bias, grid=GRID, overwrite=True, backend=backend)
+    assert output is tokens
+    torch.testing.assert_close(output, expected)
+
+
+def test_only_an_x_that_may_overlap_is_copied():
+    memory = torch.zeros(4, 10)
+    assert native._may_overlap(memory, memory[3:, 9:])
+    assert not native._may_overlap(memory[:2], memory[2:])
+    assert not native._may_overlap(memory[2:, 1:], memory[:2])
+    assert not native._may_overlap(memory, memory.clone())
+    assert not native._may_overlap(memory, memory[:0])
 
 
 def test_nothing_but_x_and_the_weight_is_kept():

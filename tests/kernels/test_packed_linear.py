@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.packed_linear import PackedLinear, activated_linear, can_pack, packed_twin
+from kernels.packed_linear import PackedLinear, activated_linear, can_pack, is_plain, packed_twin
 
 
 @pytest.fixture
@@ -99,6 +99,33 @@ def test_twin_computes_the_same_and_leaves_the_module_alone():
 def test_twin_of_what_cannot_be_packed_is_the_module():
     module = two_layers().double()
     assert packed_twin(module) is module
+
+
+def replace_forward(layer: nn.Linear) -> None:
+    """On the instance, as accelerate does it."""
+    layer.forward = lambda x: 3 * F.linear(x, layer.weight, layer.bias)
+
+
+INTERFERENCES = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: 3 * output),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],)),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda module, inputs, outputs: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda module, outputs: None),
+    "forward of its own": replace_forward,
+}
+
+
+@pytest.mark.parametrize("interfere", INTERFERENCES.values(), ids=INTERFERENCES)
+def test_twin_leaves_layers_that_are_not_plain_unpacked(interfere):
+    module, x = two_layers(), torch.randn(5, 24)
+    assert is_plain(module[2])
+    interfere(module[2])
+    assert not is_plain(module[2])
+    with torch.no_grad():
+        twin = packed_twin(module)
+        torch.testing.assert_close(twin(x), module(x), rtol=1e-5, atol=1e-6)
+    assert type(twin[0]) is PackedLinear
+    assert twin[2] is module[2]
 
 
 @pytest.mark.parametrize("activation", [F.gelu, F.silu, torch.tanh])
