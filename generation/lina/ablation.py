@@ -2,14 +2,14 @@
 
     python -m generation ablation --config configs/generation/lina_ablation.yaml
 
-trains every variant with every seed (finished runs in the output folder are not repeated), then prints a table of the
+trains every variant with every seed (finished runs in the output folder are not repeated, and if they had other
+settings nothing is), then prints a table of the
 loss and the checker's scores on held-out prompts, and writes it as JSON and as a plot.
 """
 
 import json
 import logging
-import os
-import tempfile
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
+from generation.atomic_files import prepare_output, write_atomically
 from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
 from generation.lina.shape_scores import score
 from generation.lina.training import LinaTraining
@@ -123,20 +124,71 @@ def run(ablation: Ablation, variant: str, seed: int) -> dict[str, Any]:
     return {**made, "loss": loss, **scores}
 
 
+def settings_of(ablation: Ablation, variant: str, seed: int) -> dict[str, Any]:
+    """All that a run's result depends on, as JSON gives it back."""
+    settings = {
+        "model": ablation.model | {"transformer": ablation.model["transformer"] | ablation.variants[variant]},
+        "data": ablation.data,
+        "seed": seed,
+        "cpu_seconds": ablation.cpu_seconds,
+        "prompts": ablation.prompts,
+        "guidance_scale": ablation.guidance_scale,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    """Dotted names of what differs."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [name]
+    keys = {**ours, **theirs}
+    return [
+        different
+        for key in keys
+        for different in (
+            differences(ours[key], theirs[key], f"{name}.{key}".lstrip("."))
+            if key in ours and key in theirs
+            else [f"{name}.{key}".lstrip(".")]
+        )
+    ]
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in a file, without its settings; None if there is no file.
+
+    Raises:
+        ValueError: it is of a run with other settings, or no result.
+    """
+    if not path.exists():
+        return None
+    advice = "use another output folder, or delete the file"
+    try:
+        result = json.loads(path.read_text())
+        theirs = result.pop("settings")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the result of a run with its settings; {advice}") from error
+    if different := differences(settings, theirs):
+        raise ValueError(f"{path} is of a run with other settings: {', '.join(different)} differ; {advice}")
+    return result
+
+
+def result_file(ablation: Ablation, variant: str, seed: int) -> Path:
+    return ablation.output / f"{variant}-{seed}.json"
+
+
 def write(path: Path, result: Any) -> None:
     """JSON, whole or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        json.dump(result, file, indent=1)
-    os.replace(partial, path)
+    write_atomically(path, lambda partial: Path(partial).write_text(json.dumps(result, indent=1)))
 
 
 def table(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> list[str]:
     """Mean and sample deviation over the seeds, a line for each variant, in Markdown."""
-    lines = [f"| variant | parameters | steps | {' | '.join(MEASURES)} |", f"|---|{'---|' * (2 + len(MEASURES))}"]
+    columns = ("variant", "parameters", "steps", "CPU seconds", *MEASURES)
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for variant in variants:
         runs = [row for row in rows if row["variant"] == variant]
         cells = [f"{runs[0]['parameters']:,}", f"{mean(row['steps'] for row in runs):.0f}"]
+        cells.append(f"{mean(row['cpu_seconds'] for row in runs):.1f}")
         for measure in MEASURES:
             values = [row[measure] for row in runs]
             spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
@@ -168,21 +220,24 @@ def main(arguments: list[str]) -> None:
     ablation = auto_cli(Ablation, args=arguments, prog="python -m generation ablation", description=__doc__)
     prepare_process()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    ablation.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in ablation.seeds:
-        for variant in ablation.variants:
-            path = ablation.output / f"{variant}-{seed}.json"
-            if not path.exists():
-                result = run(ablation, variant, seed)
-                write(path, result)
-                print(
-                    f"{variant}, seed {seed}: {result['steps']} steps, loss {result['loss']:.4f}, "
-                    f"all correct {result['all_correct']:.3f}",
-                    flush=True,
-                )
-            rows.append(json.loads(path.read_text()))
+    runs = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
+    try:
+        prepare_output("output", ablation.output, as_folder=True)
+        done = {own: finished(result_file(ablation, *own), settings_of(ablation, *own)) for own in runs}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for (variant, seed), result in done.items():
+        if result is None:
+            done[variant, seed] = result = run(ablation, variant, seed)
+            write(result_file(ablation, variant, seed), result | {"settings": settings_of(ablation, variant, seed)})
+            print(
+                f"{variant}, seed {seed}: {result['steps']} steps, loss {result['loss']:.4f}, "
+                f"all correct {result['all_correct']:.3f}",
+                flush=True,
+            )
+    rows, variants = list(done.values()), list(ablation.variants)
     write(ablation.output / "ablation.json", rows)
-    plot(rows, list(ablation.variants)).savefig(ablation.output / "ablation.png", dpi=120)
-    print("\n".join(table(rows, list(ablation.variants))))
+    figure = plot(rows, variants)
+    write_atomically(ablation.output / "ablation.png", lambda path: figure.savefig(path, dpi=120))
+    print("\n".join(table(rows, variants)))
     print(f"written to {ablation.output}")

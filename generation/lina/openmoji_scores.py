@@ -1,17 +1,10 @@
-"""What a model of OpenMoji draws, beside what it was trained on and what was held out.
-
-    python -m generation evaluate-openmoji openmoji --output runs/openmoji_scores
-
-draws the held-out captions and as many training captions, saves both as grids, and prints the Frechet distance of
-EfficientNet-Lite0 features (no FID) beside the training set's own split halves, and how near the pictures are to their
-nearest training pictures.
+"""What a model of OpenMoji draws: `python -m generation evaluate-openmoji`, whose --help says more.
 
 All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -19,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
+from generation.atomic_files import write_atomically
 from generation.lina.openmoji import GROUPS, Emoji, group_of, split_emoji, to_signed
 from generation.lina.picture_statistics import PictureStatistics
 from generation.lina.shape_scores import draw_prompts
@@ -32,7 +26,8 @@ def grid(drawn: Tensor, real: Tensor, path: Path, columns: int = 8) -> None:
     rows = []
     for start in range(0, min(len(drawn), SHOWN), columns):
         rows += [drawn[start : start + columns], real[start : start + columns]]
-    save_image(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, path, nrow=columns)
+    picture = torch.cat(rows).clamp(-1, 1) / 2 + 0.5
+    write_atomically(path, lambda partial: save_image(picture, partial, nrow=columns))
 
 
 def random_part(emoji: Emoji, count: int, seed: int) -> Emoji:
@@ -41,22 +36,8 @@ def random_part(emoji: Emoji, count: int, seed: int) -> Emoji:
     return emoji.pick([emoji.captions[i] for i in order])
 
 
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m generation evaluate-openmoji",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="?", default="openmoji", help="name of a shipped model, or a folder")
-    parser.add_argument("--guidance", type=float, default=3.0, help="1 is none")
-    parser.add_argument("--steps", type=int, default=36, help="of autoregression")
-    parser.add_argument("--diffusion-steps", type=int, default=10, help="in which a token is drawn")
-    parser.add_argument("--pictures", type=int, default=1000, help="of training captions, for the Frechet distance")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/openmoji_scores"), help="folder of grids and JSON")
-    options = parser.parse_args(arguments)
-    if options.pictures < 1:
-        parser.error(f"--pictures is {options.pictures}; it must be at least 1")
+def main(options: argparse.Namespace) -> None:
+    """Of `generation.__main__.evaluate_openmoji_options`."""
     pipeline = load_pipeline(options.model)
     size = pipeline.transformer.latent_size[0] * pipeline.vae_scale_factor
     training, held_out = split_emoji(size)
@@ -72,7 +53,6 @@ def main(arguments: Sequence[str]) -> None:
         "training": draw_prompts(pipeline, known.captions, options.seed, **settings),
     }
     real = {"held_out": to_signed(held_out.images), "training": to_signed(known.images)}
-    options.output.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(options.seed))
     grid(drawn["held_out"][order], real["held_out"][order], options.output / "held_out.png")
     grid(drawn["training"], real["training"], options.output / "training.png")
@@ -101,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
         group: mean(value for value, own in zip(error.tolist(), groups, strict=True) if own == group)
         for group in GROUPS
     }
-    (options.output / "scores.json").write_text(json.dumps(report, indent=1))
+    text = json.dumps(report, indent=1)
+    write_atomically(options.output / "scores.json", lambda path: Path(path).write_text(text))
     for name, values in report.items():
         if isinstance(values, dict):
             print(f"{name}:")

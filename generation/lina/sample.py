@@ -5,27 +5,48 @@
     torchrun --nproc-per-node 2 -m generation sample --prompts captions.txt --output pictures
 
 An output that ends in .png is one picture, of all images side by side; any other is a folder with a file for each
-image, and those that are there already are not drawn again. Every file holds the prompt, the seed and the settings in
-its metadata: the image with seed s is the same alone and among others.
+image, and those that are there already are not drawn again. Every file holds the prompt, the seed, all settings (with
+--fast, the numbers that it leads to) and the suite's version in its metadata: the image with seed s is the same alone
+and among others.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+import kernels
+from generation.atomic_files import prepare_output, write_atomically
+from generation.lina.shipped_models import load_pipeline, models_there
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import, which --help and errors need not wait for
+    from generation.lina.sampling_settings import SamplingSettings
+
 SMALL_SIDE, SHOWN_SIDE = 128, 256  # pixels: smaller pictures are magnified about to the latter
+OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+ANIMATIONS = (".gif", ".webp")
+# As in `sampling_settings` and `pipeline`, which cannot be imported before the arguments are read.
+DEFAULT_STEPS, DEFAULT_DIFFUSION_STEPS, DEFAULT_GUIDANCE = 64, 25, 5.0
+LIMITS = {
+    "steps": (1, 10_000),
+    "diffusion_steps": (1, 10_000),
+    "guidance": (0, math.inf),
+    "images": (1, math.inf),
+    "batch": (1, 4096),
+    "magnify": (1, math.inf),
+    "height": (1, math.inf),
+    "width": (1, math.inf),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,18 @@ class Job:
     path: Path
 
 
+def check_numbers(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, limits: Mapping[str, tuple[float, float]] = LIMITS
+) -> None:
+    """End the program if an option, or one of a list, is not from its least to its greatest value."""
+    for name, (least, most) in limits.items():
+        given = getattr(options, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not (least <= value <= most and value < math.inf):
+                valid = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                parser.error(f"--{name.replace('_', '-')} is {value}; it must be {valid}")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m generation sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,32 +78,46 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("prompt", nargs="?", help='what to draw; "" for anything')
     what.add_argument("--prompts", type=Path, help="text file with a prompt in each line")
     parser.add_argument("--output", type=Path, required=True, help="a .png file, or a folder")
-    parser.add_argument("--model", default="shapes", help="shapes, openmoji, or the folder of a model")
-    parser.add_argument("--images", type=int, default=1, help="images of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image of each prompt; the next ones count on")
-    parser.add_argument("--negative", help="what guidance leads away from")
-    parser.add_argument("--steps", type=int, help="steps of autoregression")
-    parser.add_argument("--diffusion-steps", type=int, help="steps in which a token is drawn")
-    parser.add_argument("--guidance", type=float, help="1 is none")
-    parser.add_argument("--order", choices=("random", "raster", "spiral"), default="random", help="of the tokens")
-    parser.add_argument("--fast", action="store_true", help="fewer steps, at some loss of quality")
-    parser.add_argument("--height", type=int, help="in pixels, before magnification")
-    parser.add_argument("--width", type=int, help="in pixels, before magnification")
-    parser.add_argument("--batch", type=int, default=16, help="images drawn at once")
-    parser.add_argument("--magnify", type=int, help="whole factor on the size; small pictures are shown at about 256")
-    parser.add_argument("--animation", type=Path, help="also write the steps of the first image as .gif or .webp")
-    parser.add_argument("--device", help="cpu, cuda, ...; a GPU if there is one")
+    models = ", ".join([*models_there(), "or the folder of a model"])
+    parser.add_argument("--model", default="shapes", help=f"{models} (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="images of each prompt (default: %(default)s)")
+    seed = "of the first image of each prompt; the next ones count on (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--negative", help="what guidance leads away from (default: nothing in particular)")
+    steps = "steps of autoregression; those beyond the number of tokens are skipped (default: %(default)s)"
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=steps)
+    diffusion = "steps in which a token is drawn (default: %(default)s)"
+    parser.add_argument("--diffusion-steps", type=int, default=DEFAULT_DIFFUSION_STEPS, help=diffusion)
+    parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE, help="1 is none (default: %(default)s)")
+    orders = ("random", "raster", "spiral")
+    parser.add_argument("--order", choices=orders, default="random", help="of the tokens (default: %(default)s)")
+    fast = "a quarter of --steps and at most 8 diffusion steps, at some loss of quality"
+    parser.add_argument("--fast", action="store_true", help=fast)
+    own_size = "in pixels, before magnification (default: the model's own)"
+    parser.add_argument("--height", type=int, help=own_size)
+    parser.add_argument("--width", type=int, help=own_size)
+    parser.add_argument("--batch", type=int, default=16, help="images drawn at once (default: %(default)s)")
+    magnify = f"whole factor on the size (default: what brings pictures below {SMALL_SIDE} to about {SHOWN_SIDE})"
+    parser.add_argument("--magnify", type=int, help=magnify)
+    animation = "also write the steps of the first image as .gif or .webp, if that image is drawn"
+    parser.add_argument("--animation", type=Path, help=animation)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
-    for name in ("images", "batch", "steps", "diffusion_steps", "magnify"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed is {options.seed}; it must be from 0 to 2^63 - 1")
-    if options.prompts is not None and options.output.suffix == ".png":
+    check_numbers(parser, options)
+    if options.output.suffix.lower() in OTHER_PICTURES:
+        parser.error(f"--output is {options.output}; a picture must end in .png, anything else is a folder")
+    if options.animation is not None and options.animation.suffix.lower() not in ANIMATIONS:
+        parser.error(f"--animation is {options.animation}; it must end in {' or '.join(ANIMATIONS)}")
+    if options.prompts is not None and is_picture(options.output):
         parser.error(f"--output is {options.output}; with --prompts it must be a folder")
     if options.prompts is not None and not options.prompts.is_file():
         parser.error(f"--prompts is {options.prompts}; there is no such file")
     return options
+
+
+def is_picture(output: Path) -> bool:
+    """Whether all images are to be one picture."""
+    return output.suffix.lower() == ".png"
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -90,40 +137,47 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def process_number() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
+
+
 def own_share(jobs: Sequence[Job]) -> Sequence[Job]:
     """The jobs of this process among those that torchrun started."""
-    return jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    return jobs[process_number() :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline is called with, without the prompts; what was not asked for is left to it."""
-    settings = {
-        "num_inference_steps": options.steps,
-        "num_diffusion_steps": options.diffusion_steps,
-        "guidance_scale": options.guidance,
-        "height": options.height,
-        "width": options.width,
-        "order": options.order,
-        "fast": options.fast or None,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+def settings_of(options: argparse.Namespace) -> "SamplingSettings":
+    """All numbers that images are drawn with."""
+    from generation.lina.sampling_settings import SamplingSettings
+
+    settings = SamplingSettings(
+        num_inference_steps=options.steps,
+        num_diffusion_steps=options.diffusion_steps,
+        guidance_scale=options.guidance,
+        order=options.order,
+    )
+    return settings.faster() if options.fast else settings
 
 
-def draw(pipeline: Any, jobs: Sequence[Job], options: argparse.Namespace) -> Iterator[tuple[Job, Image.Image]]:
-    """Pictures of the jobs, batch by batch."""
-    settings = settings_of(options)
+def draw(
+    pipeline: Any, jobs: Sequence[Job], options: argparse.Namespace, settings: dict[str, Any], animated: Job | None
+) -> Iterator[tuple[Job, Image.Image]]:
+    """Pictures of the jobs, batch by batch; the steps of `animated`, if it is the first of them, are written."""
+    import torch
+
+    from generation.lina.painting import save_animation
+
     for start in range(0, len(jobs), options.batch):
         batch = jobs[start : start + options.batch]
         output = pipeline(
             [job.prompt for job in batch],
             negative_prompt=options.negative,
             generator=[torch.Generator().manual_seed(job.seed) for job in batch],
-            return_steps=options.animation is not None and start == 0,
+            return_steps=batch[0] == animated,
             **settings,
         )
         if output.steps is not None:
-            from generation.lina.pipeline import save_animation
-
             save_animation(output.steps[0], options.animation, magnify=magnification(output.images[0], options))
         yield from zip(batch, output.images, strict=True)
 
@@ -141,14 +195,7 @@ def save(picture: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     information = PngImagePlugin.PngInfo()
     for name, value in metadata.items():
         information.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG", pnginfo=information)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    write_atomically(path, lambda partial: picture.save(partial, "PNG", pnginfo=information))
 
 
 def beside_each_other(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -161,44 +208,65 @@ def beside_each_other(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def main(arguments: list[str]) -> None:
-    options = parse(arguments)
-    as_file = options.output.suffix == ".png"
-    folder = options.output.parent if as_file else options.output
-    try:
-        jobs = jobs_of(options)
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    if not as_file:
-        jobs = own_share(jobs)
-        waiting = [job for job in jobs if not job.path.exists()]
-        if len(waiting) < len(jobs):
-            print(f"{len(jobs) - len(waiting)} of {len(jobs)} pictures are there already")
-        jobs = waiting
-    if not jobs:
-        return
-    from generation.lina.shipped_models import load_pipeline
+def waiting_jobs(options: argparse.Namespace, jobs: Sequence[Job]) -> Sequence[Job]:
+    """What this process has to draw; says what it has not."""
+    if is_picture(options.output):
+        return jobs if process_number() == 0 else []
+    own = own_share(jobs)
+    waiting = [job for job in own if not job.path.exists()]
+    if len(waiting) < len(own):
+        print(f"{len(own) - len(waiting)} of {len(own)} pictures are there already")
+    if options.animation is not None and process_number() == 0 and jobs[0] not in waiting:
+        print(f"no animation was written: {jobs[0].path}, which it would show, is there already")
+    return waiting
 
+
+def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequence[Job]) -> None:
+    """Draw and save `jobs`."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+
+    settings = settings_of(options)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    pipeline = load_pipeline(options.model)
+    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = pipeline._check_size(options.height, options.width)
+    settings = asdict(settings) | {"height": height, "width": width}
+    noted = settings | {"fast": options.fast, "negative": options.negative}
+    metadata = {"model": options.model, "settings": noted, "version": kernels.__version__}
+    pictures = []
+    animated = all_jobs[0] if options.animation is not None else None
+    drawing = draw(pipeline, jobs, options, settings, animated)
+    for job, picture in tqdm(drawing, total=len(jobs), unit="image"):
+        factor = magnification(picture, options)
+        noted["magnify"] = factor
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+        if is_picture(options.output):
+            pictures.append(picture)
+        else:
+            save(picture, job.path, {"prompt": job.prompt, "seed": job.seed, **metadata})
+    if pictures:
+        seeds = [job.seed for job in jobs]
+        seed = seeds[0] if len(seeds) == 1 else seeds
+        save(beside_each_other(pictures), options.output, {"prompt": jobs[0].prompt, "seed": seed, **metadata})
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
     try:
-        pipeline = load_pipeline(options.model)
-        pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        pipeline.set_progress_bar_config(disable=True)
-        metadata = {"model": options.model, "settings": settings_of(options) | {"negative": options.negative}}
-        pictures = []
-        for job, picture in tqdm(draw(pipeline, jobs, options), total=len(jobs), unit="image"):
-            factor = magnification(picture, options)
-            picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-            if as_file:
-                pictures.append(picture)
-            else:
-                save(picture, job.path, {"prompt": job.prompt, "seed": job.seed, **metadata})
-        if as_file:
-            seeds = [job.seed for job in jobs]
-            seed = seeds[0] if len(seeds) == 1 else seeds
-            save(beside_each_other(pictures), options.output, {"prompt": jobs[0].prompt, "seed": seed, **metadata})
+        all_jobs = jobs_of(options)
+        prepare_output("--output", options.output, as_folder=not is_picture(options.output))
+        if options.animation is not None:
+            prepare_output("--animation", options.animation)
+        jobs = waiting_jobs(options, all_jobs)
+        if not jobs:
+            return
+        draw_all(options, all_jobs, jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {options.output}")
+    if is_picture(options.output):
+        print(f"wrote {options.output}")
+    else:
+        print(f"wrote {len(jobs)} picture{'s' * (len(jobs) > 1)} into {options.output}")

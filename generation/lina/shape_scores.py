@@ -1,15 +1,11 @@
-"""How well a model draws what captions say: the checker's scores of held-out prompts, during training and after it.
-
-    python -m generation evaluate shapes --prompts 500 --guidance 1 3 --steps 16 8 4
-
-prints a table and writes it as JSON.
-"""
+"""The checker's scores of held-out prompts, during training (`ShapeReport`) and after it (`generation evaluate`)."""
 
 import argparse
 import itertools
 import json
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-from generation.lina.captioned_shapes import COLOURS, KINDS, LEVELS, PLACES, held_out_prompts
+from generation.atomic_files import write_atomically
+from generation.lina.captioned_shapes import COLOURS, KINDS, PLACES, held_out_prompts
 from generation.lina.pipeline import LinaPipeline
 from generation.lina.shape_checker import check
 from generation.lina.shipped_models import load_pipeline
@@ -140,7 +137,7 @@ class ShapeReport(pl.Callback):
                 scores = check(pictures, captions).summary()
                 metrics |= {f"{level}/{name}": value for name, value in scores.items()}
                 folder.mkdir(parents=True, exist_ok=True)
-                save_image(pictures[:48] / 2 + 0.5, folder / f"{level}.png", nrow=8)
+                write_atomically(folder / f"{level}.png", partial(save_image, pictures[:48] / 2 + 0.5, nrow=8))
             metrics |= {f"sensitivity/{word}": value for word, value in word_sensitivity(module).items()}
         torch.set_rng_state(state)
         for logger in trainer.loggers:
@@ -149,23 +146,8 @@ class ShapeReport(pl.Callback):
         print(f"\nstep {trainer.global_step}: all correct {correct}", flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m generation evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default="shapes", help="name of a shipped model, or a folder")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts of each level")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=["single", "pairs"])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="1 is none")
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 8, 4], help="of autoregression")
-    parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[10], help="in which a token is drawn")
-    parser.add_argument("--fast", action="store_true", help="also each setting with fast=True")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/lina_scores.json"), help="JSON file")
-    parser.add_argument("--grid", type=Path, help="also draw 24 captions of the last level as this picture")
-    options = parser.parse_args(arguments)
-    if options.prompts < 1:
-        parser.error(f"--prompts is {options.prompts}; it must be at least 1")
+def main(options: argparse.Namespace) -> None:
+    """Of `generation.__main__.evaluate_options`."""
     pipeline = load_pipeline(options.model)
     grid = itertools.product(
         options.levels, options.guidance, options.steps, options.diffusion_steps, (False, True)[: 1 + options.fast]
@@ -188,8 +170,8 @@ def main(arguments: list[str]) -> None:
         captions = [scene.caption for scene in held_out_prompts(options.levels[-1], 24, options.seed + 1)]
         settings = {"guidance_scale": options.guidance[-1], "num_inference_steps": options.steps[0]}
         pictures = draw_prompts(pipeline, captions, options.seed, **settings)
-        captioned_grid(pictures, captions).savefig(options.grid, dpi=80)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+        figure = captioned_grid(pictures, captions)
+        write_atomically(options.grid, lambda path: figure.savefig(path, dpi=80))
     report = {"model": options.model, "prompts": options.prompts, "scores": rows}
-    options.output.write_text(json.dumps(report, indent=1))
+    write_atomically(options.output, lambda path: Path(path).write_text(json.dumps(report, indent=1)))
     print(f"written to {options.output}")

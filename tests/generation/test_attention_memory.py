@@ -1,15 +1,22 @@
-"""Encoding of known tokens with sums kept over several steps: exact where nothing is kept, near where something is."""
+"""What the sampler does not compute: known tokens whose sums are kept over several steps, unwanted queries.
+
+Exact where nothing is kept, near where something is.
+"""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
 
+from generation.lina.attention import Attention, gather
 from generation.lina.attention_memory import AttentionMemory, EncoderMemory
 from generation.lina.sampling import Plan, draw_tokens
 from generation.lina.transformer import LinaTransformer
 from kernels.linear_attention import linear_attention
+from kernels.packed_linear import PackedLinear
 
 SMALL = {
     "width": 32,
@@ -56,6 +63,15 @@ def test_autocast_does_not_round_the_sums(dtype):
 def model() -> LinaTransformer:
     torch.manual_seed(0)
     return LinaTransformer(**SMALL).eval()
+
+
+@pytest.fixture
+def lively_model(model) -> LinaTransformer:
+    """Its denoiser heeds the conditions, as an untrained one does not."""
+    nn.init.normal_(model.image_decoder.head.weight, std=0.2)
+    for block in model.image_decoder.blocks:
+        nn.init.normal_(block.norm1.proj.weight, std=0.1)
+    return model
 
 
 def test_first_call_with_a_memory_is_the_call_without(model):
@@ -108,41 +124,71 @@ def draw(
 
 
 @pytest.mark.parametrize("guidance", [[2.0] * 4, [1.0, 2.0, 3.0, 4.0]], ids=["constant", "begins late"])
-def test_sampling_with_refreshed_memory_stays_near(model, guidance):
-    torch.nn.init.normal_(model.image_decoder.head.weight, std=0.2)
-    for block in model.image_decoder.blocks:
-        torch.nn.init.normal_(block.norm1.proj.weight, std=0.1)
-    exact, kept = draw(model, 1, guidance), draw(model, 3, guidance)
+def test_sampling_with_refreshed_memory_stays_near(lively_model, guidance):
+    exact, kept = draw(lively_model, 1, guidance), draw(lively_model, 3, guidance)
     assert not torch.equal(exact, kept)
     assert (kept - exact).norm() / exact.norm() < 0.2
 
 
-def test_changed_tokens_are_encoded_again(model):
-    """What was drawn in the first step is changed after the third: the last step's memory is a fresh one, so exact."""
-    torch.nn.init.normal_(model.image_decoder.head.weight, std=0.2)
-    for block in model.image_decoder.blocks:
-        torch.nn.init.normal_(block.norm1.proj.weight, std=0.1)
-    first, before_last = [], []
+def test_changed_tokens_are_encoded_again(lively_model):
+    """All tokens known before the last step are changed, to the same values: its memory is a fresh one, so exact."""
+    values = torch.randn(2, 64, 4)
 
-    def record(step: int, tokens: torch.Tensor) -> None:
-        if step == 0:
-            first.append(tokens != 0)
-        elif step == 2:
-            before_last.append(tokens.clone())
+    def change(step: int, tokens: torch.Tensor) -> None:
+        if step == 2:
+            tokens.copy_(torch.where(tokens == 0, tokens, values))
 
-    def replay(step: int, tokens: torch.Tensor, factor: float = 1.0) -> None:
-        record(step, tokens)
-        if step == 2:  # the same tokens for both, so that only the last step's encoding can differ
-            tokens.copy_(before_last[0])
-            tokens[first[-1]] *= factor
-
-    kept = draw(model, 4, [2.0] * 4, partial(replay, factor=3.0))
-    exact = draw(model, 1, [2.0] * 4, partial(replay, factor=3.0))
+    kept, exact = (draw(lively_model, refresh_every, [2.0] * 4, change) for refresh_every in (4, 1))
     torch.testing.assert_close(kept, exact, rtol=1e-4, atol=1e-4)
-    before_last.clear()
-    unchanged = draw(model, 4, [2.0] * 4, replay)
-    exact = draw(model, 1, [2.0] * 4, replay)
-    assert (unchanged - exact).abs().max() > 1e-3
+
+
+def test_a_memory_knows_its_tokens():
+    tokens = torch.randn(2, 9, 4)
+    memory = EncoderMemory.of_depth(1)
+    assert memory.is_of(tokens)
+    memory.seen = tokens[:, :5].clone()
+    assert memory.is_of(tokens)
+    assert not memory.is_of(tokens.repeat(2, 1, 1))
+    tokens[1, 4, 0] += 1
+    assert not memory.is_of(tokens)
+
+
+def adapted(qkv: nn.Linear) -> nn.Module:
+    """As adapters of low rank wrap a layer: the plain weight is there to be read, and is not all."""
+
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = qkv.weight, qkv.bias
+            self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, 96, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight, self.bias) + self.up(self.down(x))
+
+    return Adapter()
+
+
+def hooked(qkv: nn.Linear) -> nn.Module:
+    qkv.register_forward_pre_hook(lambda module, inputs: (inputs[0].tanh(),))
+    return qkv
+
+
+def parametrized(qkv: nn.Linear) -> nn.Module:
+    return parametrizations.weight_norm(qkv)
+
+
+@pytest.mark.parametrize("change", [None, PackedLinear, adapted, hooked, parametrized])
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
+def test_wanted_tokens_are_those_of_all_whatever_qkv_is(attention, change):
+    attend = Attention(32, 2, attention=attention)
+    x, wanted = torch.randn(2, 9, 32), torch.tensor([[8, 0, 3], [1, 2, 7]])
+    with torch.no_grad():
+        plain = attend(x)
+        if change is not None:
+            attend.qkv = change(attend.qkv)
+        expected = attend(x)
+        torch.testing.assert_close(attend(x, wanted=wanted), gather(expected, wanted), rtol=1e-5, atol=1e-6)
+    assert (change in (adapted, hooked)) != torch.allclose(plain, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -349,4 +349,18 @@ def test_ablation_skips_what_is_done(autoencoder, tmp_path, capsys, monkeypatch)
     assert [line for line in first.splitlines() if line.startswith("|")] == [
         line for line in again.splitlines() if line.startswith("|")
     ]
-    assert (tmp_path / "results/ablation.png").is_file()
+    for name in ("ablation.png", "ablation.json", "division-0.json"):
+        assert (tmp_path / "results" / name).stat().st_mode & 0o777 == 0o644
+    assert "| CPU seconds |" in first
+    for changed, name in (
+        ({"cpu_seconds": 0.02}, "cpu_seconds"),
+        ({"data": {"level": "single", "batch_size": 5}}, "data.batch_size"),
+        ({"variants": {"division": {"context_depth": 2}}}, "model.transformer.context_depth"),
+    ):
+        file.write_text(yaml.safe_dump(settings | changed))
+        with pytest.raises(SystemExit, match=rf"division-0.json is of .* other settings: {name} differ; use another"):
+            ablation.main(["--config", str(file)])
+    kept = tmp_path / "results/division-0.json"
+    kept.write_text(json.dumps({"variant": "division"}))
+    with pytest.raises(ValueError, match="does not hold the result of a run with its settings"):
+        ablation.finished(kept, {})

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+import kernels
 from generation.__main__ import main
 from generation.lina import sample
 from generation.lina.autoencoder import TinyAutoencoder
-from generation.lina.pipeline import LinaPipeline
+from generation.lina.pipeline import MOST_IMAGES, LinaPipeline
+from generation.lina.sampling_settings import MOST_STEPS, SamplingSettings
+from generation.lina.shipped_models import SHIPPED, models_there
 from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.transformer import LinaTransformer
 
@@ -54,8 +60,67 @@ def test_one_picture_with_all_images_and_how_they_were_made(model, tmp_path):
         assert picture.text["prompt"] == "a red circle"
         assert json.loads(picture.text["seed"]) == [7, 8, 9]
         settings = json.loads(picture.text["settings"])
-    assert settings["guidance_scale"] == 2
-    assert settings["num_inference_steps"] == 2
+        assert picture.text["version"] == kernels.__version__
+    used = SamplingSettings(num_inference_steps=2, num_diffusion_steps=1, guidance_scale=2)
+    size = {"height": 32, "width": 32, "magnify": 8}
+    assert settings == asdict(used) | size | {"fast": False, "negative": None}
+    assert not [path for path in output.parent.iterdir() if path != output]
+
+
+def test_defaults_and_fast_settings_are_noted_as_they_were_used(model, tmp_path, monkeypatch):
+    seen, call = [], LinaPipeline.__call__
+    quick = {"num_inference_steps": 1, "num_diffusion_steps": 1}
+    monkeypatch.setattr(LinaPipeline, "__call__", lambda *a, **k: seen.append(k) or call(*a, **(k | quick)))
+    for flags, used in (([], SamplingSettings()), (["--fast"], SamplingSettings().faster())):
+        main(["sample", "a red circle", "--output", str(tmp_path / "out.png"), "--model", model, *flags])
+        with Image.open(tmp_path / "out.png") as picture:
+            noted = json.loads(picture.text["settings"])
+        assert noted.items() >= asdict(used).items() | {("fast", bool(flags))}
+        assert seen.pop().items() >= asdict(used).items()
+
+
+def test_what_the_parser_knows_is_what_the_pipeline_does(capsys):
+    settings = SamplingSettings()
+    assert settings.num_inference_steps == sample.DEFAULT_STEPS
+    assert settings.num_diffusion_steps == sample.DEFAULT_DIFFUSION_STEPS
+    assert settings.guidance_scale == sample.DEFAULT_GUIDANCE
+    assert sample.LIMITS["steps"] == sample.LIMITS["diffusion_steps"] == (1, MOST_STEPS)
+    assert sample.LIMITS["batch"] == (1, MOST_IMAGES)
+    assert f"{models_there()[0]}, " in said(capsys, "--help")
+    for words in ("(default: 64)", "(default: 25)", "(default: 5.0)", "beyond the number of tokens are skipped"):
+        assert words in said(capsys, "--help")
+
+
+def said(capsys, *arguments: str) -> str:
+    """What the command says before it stops, without line breaks."""
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", *arguments])
+    captured = capsys.readouterr()
+    code = stop.value.code if isinstance(stop.value.code, str) else ""
+    return " ".join(f"{captured.out} {captured.err} {code}".split())
+
+
+def test_only_models_with_an_index_are_offered(tmp_path, monkeypatch, capsys):
+    from generation.lina import shipped_models
+
+    monkeypatch.setattr(shipped_models, "CHECKPOINTS", tmp_path)
+    for folder in SHIPPED.values():
+        (tmp_path / folder).mkdir()
+    (tmp_path / SHIPPED["shapes"] / "model_index.json").write_text("{}")
+    assert "--model MODEL shapes, or the folder of a model" in said(capsys, "--help")
+    with pytest.raises(ValueError, match="model is 'openmoji'; expected shapes, or a folder with"):
+        shipped_models.load_pipeline("openmoji")
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "evaluate-openmoji"])
+def test_help_does_not_wait_for_torch(command):
+    code = (
+        "import sys; from generation.__main__ import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "except SystemExit: print({'torch', 'diffusers', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_an_image_is_the_same_alone_and_among_others(model, tmp_path):
@@ -95,7 +160,9 @@ def test_many_prompts_and_what_is_there_already(model, prompts, tmp_path, monkey
     times = {name: os.stat(folder / name).st_mtime_ns for name in files(folder)}
     monkeypatch.setattr(sample, "save", save)
     run(model, *arguments)
-    assert "3 of 6 pictures are there already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 6 pictures are there already" in said
+    assert f"wrote 3 pictures into {folder}" in said
     assert all(os.stat(folder / name).st_mtime_ns == time for name, time in times.items())
     assert files(folder) == [
         f"{number:05d}-{name}-{seed}.png"
@@ -122,6 +189,54 @@ def test_animation(model, tmp_path):
         assert animation.size == (256, 256)
 
 
+def test_animation_is_of_the_first_image_or_none(model, prompts, tmp_path, monkeypatch, capsys):
+    animation = tmp_path / "steps.gif"
+    arguments = ["--prompts", str(prompts), "--output", str(tmp_path / "pictures"), "--animation", str(animation)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run(model, *arguments)
+    assert not animation.exists()
+    assert "no animation" not in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    run(model, *arguments)
+    assert animation.is_file()
+    animation.unlink()
+    (tmp_path / "pictures/00002-a-b-0.png").unlink()
+    capsys.readouterr()
+    run(model, *arguments)
+    assert not animation.exists()
+    assert "no animation was written" in capsys.readouterr().out
+
+
+def test_an_animation_that_fails_leaves_the_old_one(model, tmp_path, monkeypatch):
+    from generation.lina.pipeline import save_animation
+
+    path = tmp_path / "steps.gif"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_animation([Image.new("RGB", (4, 4))], path)
+    assert files(tmp_path) == ["steps.gif"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("make", "output"),
+    [
+        (lambda folder: (folder / "x.png").mkdir(), "x.png"),
+        (lambda folder: (folder / "file").write_text(""), "file"),
+        (lambda folder: (folder / "file").write_text(""), "file/pictures"),
+        (lambda folder: (folder / "file").write_text(""), "file/x.png"),
+    ],
+    ids=["folder as picture", "file as folder", "folder in a file", "picture in a file"],
+)
+def test_an_output_that_cannot_be_written_is_said_before_loading(make, output, tmp_path, monkeypatch, capsys):
+    make(tmp_path)
+    monkeypatch.setattr(sample, "load_pipeline", lambda _: pytest.fail("loaded"))
+    message = said(capsys, "red", "--output", str(tmp_path / output)).strip()
+    assert message.startswith(f"error: --output is '{tmp_path / output}'; ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,8 +247,13 @@ def test_animation(model, tmp_path):
         (["--prompts", "none.txt", "--output", "folder"], "none.txt"),
         (["red", "--output", "out.png", "--model", "nowhere"], "nowhere"),
         (["red", "--output", "out.png", "--height", "33"], "height is 33"),
-        (["red", "--output", "out.png", "--guidance", "nan"], "guidance_scale is nan"),
-        (["red", "--output", "out.png", "--steps", "1000000"], "num_inference_steps is 1000000"),
+        (["red", "--output", "out.png", "--guidance", "nan"], "--guidance is nan"),
+        (["red", "--output", "out.png", "--guidance", "-1"], "--guidance is -1.0"),
+        (["red", "--output", "out.png", "--steps", "0"], "--steps is 0"),
+        (["red", "--output", "out.jpg"], "must end in .png"),
+        (["red", "--output", "out.TIFF"], "must end in .png"),
+        (["red", "--output", "out.png", "--animation", "steps.mp4"], "it must end in .gif or .webp"),
+        (["red", "--output", "out.png", "--steps", "1000000"], "--steps is 1000000"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -143,5 +263,7 @@ def test_bad_input_is_said_before_anything_is_written(arguments, message, model,
     with pytest.raises(SystemExit) as stop:
         main(["sample", *arguments])
     assert stop.value.code != 0
-    assert message in f"{stop.value.code}{capsys.readouterr().err}"
+    errors = f"{stop.value.code}{capsys.readouterr().err}"
+    assert message in errors
+    assert "image/s" not in errors  # no progress bar had begun
     assert not list(tmp_path.rglob("*.png"))

@@ -45,13 +45,36 @@ def test_unknown_words_have_stable_buckets(encoder):
     assert encoder.tokenize("zebra") == WordTextEncoder(dim=8, num_heads=2).tokenize("ZEBRA")
 
 
-def test_long_prompts_are_cut_and_named(encoder, caplog):
-    prompt = " ".join(["red"] * 13)
+def test_long_prompts_are_cut_and_named_in_every_call(encoder, caplog):
+    prompt = " ".join(["red"] * 40)
     with caplog.at_level(logging.WARNING, logger="generation.lina.text_encoder"):
         assert len(encoder([prompt])[0]) == 12
-        encoder([prompt])
-    assert [repr(prompt) in record.getMessage() for record in caplog.records] == [True]
+        encoder([prompt, prompt])
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"prompt {prompt[:77] + '...'!r} has 40 words; those after the first 12 are cut"] * 2
     torch.testing.assert_close(encoder([prompt])[0], encoder([" ".join(["red"] * 12)])[0])
+
+
+def test_unknown_words_are_named_once_a_call(encoder, caplog):
+    prompts = ["a mauve dodecahedron", "a mauve sqare", "", "a red circle", "x" * 500]
+    with caplog.at_level(logging.WARNING, logger="generation.lina.text_encoder"):
+        encoder(prompts)
+        encoder(prompts)
+        encoder(["a red circle", ""])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == second
+    assert f"unknown words: 'mauve', 'dodecahedron', 'sqare', '{'x' * 20}...'; " in first
+    assert all(word in first for word in VOCABULARY)
+
+
+def test_of_many_unknown_words_and_of_a_large_vocabulary_some_are_shown(caplog):
+    encoder = WordTextEncoder(vocabulary=[f"known{i}" for i in range(1000)], dim=8, num_heads=2)
+    with caplog.at_level(logging.WARNING, logger="generation.lina.text_encoder"):
+        encoder([" ".join(f"new{i}" for i in range(12))])
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "'new7' and 4 more" in message
+    assert "1000 words: known0, " in message
+    assert len(message) < 600
 
 
 def test_every_parameter_in_use_has_a_gradient(encoder):
