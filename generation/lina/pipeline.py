@@ -318,6 +318,9 @@ class LinaPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}_embeds has shapes {shapes}; each must be (length, {dim})")
             if not all(e.isfinite().all() for e in embeddings):
                 raise ValueError(f"{name}_embeds holds numbers that are not finite")
+            longest, most = max(map(len, embeddings)), self.transformer.config.text_length
+            if longest > most:
+                logger.warning("%s_embeds has %d rows; those after the first %d are cut", name, longest, most)
             return embeddings
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):

@@ -1,6 +1,9 @@
 """Training of LINA: `LinaTraining` holds the loss, the optimiser and the moving average of the weights."""
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,8 +182,11 @@ class LinaTraining(pl.LightningModule):
         if self.trainer.checkpoint_callback is None:
             return
         folder = Path(self.trainer.default_root_dir) / "pipeline"
-        with self.averaged():
-            self.pipeline().save_pretrained(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with self.averaged(), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            self.pipeline().save_pretrained(Path(scratch) / "pipeline")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(Path(scratch) / "pipeline", folder)
         print(f"trained model: {folder}\ndraw with it:  python -m generation sample PROMPT --model {folder}")
 
     def configure_gradient_clipping(

@@ -6,43 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor
 from torch.testing import assert_close
 
 from generation.lina.autoencoder import TinyAutoencoder
-from generation.lina.painting import Canvas, outpainting_canvas, save_animation
+from generation.lina.painting import save_animation
 from generation.lina.pipeline import LinaPipeline
 from generation.lina.text_encoder import WordTextEncoder
-from generation.lina.transformer import LinaTransformer
-
-STEPS = {"num_inference_steps": 5, "num_diffusion_steps": 3, "guidance_scale": 3.0}
-SMALL = {
-    "width": 32,
-    "num_heads": 2,
-    "context_depth": 1,
-    "encoder_depth": 1,
-    "decoder_depth": 2,
-    "denoiser_depth": 1,
-    "latent_channels": 6,
-    "latent_size": (8, 8),
-    "patch_size": 2,
-}
-
-
-def make(**conditioning) -> LinaPipeline:
-    """A pipeline whose every weight matters."""
-    torch.manual_seed(0)
-    transformer = LinaTransformer(**SMALL, **conditioning)
-    vae = TinyAutoencoder(width=8)
-    for parameter in (*transformer.parameters(), *vae.parameters()):
-        if not parameter.any() or (parameter == 1).all():
-            torch.nn.init.normal_(parameter.data, mean=parameter.data.mean().item(), std=0.1)
-    encoder = WordTextEncoder(dim=16, num_heads=2) if transformer.text_embed is not None else None
-    pipeline = LinaPipeline(transformer.eval(), vae.eval(), FlowMatchEulerDiscreteScheduler(), encoder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+from tests.generation.small_pipelines import STEPS, draw, make, seeds
 
 
 @pytest.fixture
@@ -53,15 +24,6 @@ def pipeline() -> LinaPipeline:
 @pytest.fixture
 def by_class() -> LinaPipeline:
     return make(num_classes=4)
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def draw(pipeline: LinaPipeline, *arguments, seed: int = 0, **options) -> Tensor:
-    options = {"generator": seeds(seed)[0], "output_type": "pt", **STEPS} | options
-    return pipeline(*arguments, **options).images
 
 
 def count_encodings(pipeline: LinaPipeline, monkeypatch) -> list[int]:
@@ -266,67 +228,6 @@ def test_fast_is_what_its_docstring_says(pipeline):
     assert torch.equal(draw(pipeline, "red", fast=True, **options), draw(pipeline, "red", **same))
 
 
-def test_in_painting_keeps_what_is_not_masked(pipeline):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    mask = np.zeros((32, 32), np.uint8)
-    mask[5:20, 10:15] = 255
-    pictures = [picture, picture.rotate(90)]
-    options = {"image": pictures, "mask_image": Image.fromarray(mask), "output_type": "pil", "return_steps": True}
-    output = pipeline(["red", "blue"], **STEPS, generator=seeds(0, 1), **options)
-    for drawn, steps, original in zip(output.images, output.steps, pictures, strict=True):
-        for image in (drawn, *steps):
-            assert np.array_equal(np.asarray(image)[mask == 0], np.asarray(original)[mask == 0])
-        assert not np.array_equal(np.asarray(drawn), np.asarray(original))
-    assert pipeline.num_timesteps <= 5
-    # What is known matters for what is drawn, and the picture's form does not.
-    array = np.asarray(picture)[None] / np.float32(255)
-    single = draw(pipeline, "red", image=picture, mask_image=Image.fromarray(mask))
-    as_array = draw(pipeline, "red", image=array, mask_image=mask / np.float32(255))
-    as_tensor = draw(
-        pipeline, "red", image=torch.from_numpy(array).permute(0, 3, 1, 2), mask_image=torch.tensor(mask > 0)
-    )
-    assert_close(as_array, single, atol=1e-5, rtol=0)
-    assert_close(as_tensor, single, atol=1e-5, rtol=0)
-    other = draw(pipeline, "red", image=picture.convert("L").convert("RGBA"), mask_image=Image.fromarray(mask))
-    assert (other - single)[..., torch.from_numpy(mask > 0)].abs().max() > 1e-3
-
-
-def test_what_lies_under_the_mask_does_not_matter(pipeline):
-    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    mask = torch.zeros(1, 1, 32, 32)
-    mask[..., 3:20, 10:22] = 1
-    drawn = []
-    for seed in (1, 2):
-        other = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-        options = {"image": torch.where(mask > 0, other, pictures), "mask_image": mask, "output_type": "latent"}
-        drawn.append(draw(pipeline, "red", generator=seeds(0), **options))
-    assert torch.equal(*drawn)
-
-
-def test_hidden_pixels_become_their_nearest_visible_ones():
-    pictures = torch.arange(48.0).view(1, 3, 4, 4)
-    mask = torch.zeros(1, 1, 4, 4)
-    mask[..., 2:, :] = 1
-    filled = Canvas(pictures, mask, torch.ones(1, 4, dtype=torch.bool)).without_the_hidden()
-    assert torch.equal(filled[:, :, :2], pictures[:, :, :2])
-    assert torch.equal(filled[:, :, 2:], pictures[:, :, 1:2].expand(-1, -1, 2, -1))
-    assert not Canvas(pictures, torch.ones_like(mask), mask).without_the_hidden().any()
-
-
-def test_outpainting(pipeline):
-    picture = Image.new("RGB", (32, 24), (10, 200, 30))
-    canvas, mask = outpainting_canvas(picture, left=16, bottom=8)
-    assert canvas.size == mask.size == (48, 32)
-    options = {"image": canvas, "mask_image": mask, "height": 32, "width": 48, "output_type": "pil"}
-    drawn = np.asarray(draw(pipeline, "red", num_images_per_prompt=2, generator=seeds(0, 1), **options)[1])
-    assert (drawn[:24, 16:] == (10, 200, 30)).all()
-    assert drawn[24:].std() > 0
-    for margins in ({}, {"left": -1, "right": 8}):
-        with pytest.raises(ValueError, match="none may be negative and one must be above 0"):
-            outpainting_canvas(picture, **margins)
-
-
 @pytest.mark.parametrize("kind", ["text", "class"])
 def test_saved_and_loaded(kind, tmp_path, caplog):
     conditioning, options = ({"text_dim": 16, "text_length": 12}, {"prompt": ["a red circle", "zebra"]})
@@ -446,6 +347,13 @@ def test_damaged_weights_are_named(pipeline, component, name, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "encode_condition", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=f"{component}: the weights {name} are not finite"):
         draw(pipeline, "red")
+
+
+def test_embeddings_that_are_too_long_are_cut_with_a_warning(pipeline, caplog):
+    features = torch.randn(20, 16)
+    cut = draw(pipeline, None, prompt_embeds=[features])
+    assert "prompt_embeds has 20 rows; those after the first 12 are cut" in caplog.text
+    assert torch.equal(cut, draw(pipeline, None, prompt_embeds=[features[:12]]))
 
 
 def test_parts_that_do_not_fit():
