@@ -224,6 +224,11 @@ def waiting_jobs(options: argparse.Namespace, jobs: Sequence[Job]) -> Sequence[J
 def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequence[Job]) -> None:
     """Draw and save `jobs`."""
     import torch
+
+    from kernels.native import build_ahead
+
+    if (options.device or "cpu").startswith("cpu") and not torch.cuda.is_available():
+        build_ahead("native/probe.cpp", "linear_attention/native.cpp", "fused_layers/convolution.cpp")
     from diffusers.utils import logging as diffusers_logging
 
     settings = settings_of(options)

@@ -13,6 +13,9 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -73,19 +76,42 @@ def load_error() -> str | None:
     if compiler() is None:
         return "no C++ compiler was found (set CXX, or install g++ or clang++)"
     try:
-        library("gated_scan/native.cpp")
+        library("native/probe.cpp")
     except (RuntimeError, OSError) as error:
         return str(error)
     return None
 
 
-@cache
 def library(source: str) -> ctypes.CDLL:
     """Compile (or find in the cache) and load the kernels of `source`, a path below `kernels/`.
 
     Raises:
         RuntimeError: the compiler failed; the message holds its output.
     """
+    with _being_built[source]:  # who needs it meanwhile waits, instead of compiling it again
+        return _library(source)
+
+
+def build_ahead(*sources: str) -> None:
+    """Begin to compile what is not in the cache, beside whatever the program does next.
+
+    Errors are kept for the first use of the kernels.
+    """
+
+    def build(source: str) -> None:
+        with suppress(RuntimeError, OSError):
+            library(source)
+
+    if compiler() is not None:
+        for source in sources:
+            threading.Thread(target=build, args=(source,)).start()
+
+
+_being_built: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+@cache
+def _library(source: str) -> ctypes.CDLL:
     path = KERNELS / source
     headers = sorted([*SHARED.glob("*.h"), *path.parent.glob("*.h")])
     texts = [file.read_bytes() for file in (path, *headers)]
