@@ -208,12 +208,36 @@ def beside_each_other(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def is_drawn(job: Job, options: argparse.Namespace) -> bool:
+    """Whether the picture of a job is there already, whole.
+
+    Raises:
+        ValueError: it is, but of another model or with other settings.
+    """
+    if not job.path.exists():
+        return False
+    try:
+        with Image.open(job.path) as picture:
+            picture.load()
+            noted = dict(picture.text)
+    except OSError:
+        return False  # damaged: drawn again
+    found = {"model": noted.get("model"), **json.loads(noted.get("settings", "{}"))}
+    wanted = {"model": options.model, **asdict(settings_of(options)), "negative": options.negative}
+    wanted |= {name: size for name in ("height", "width") if (size := getattr(options, name)) is not None}
+    if other := {name: found.get(name) for name, value in wanted.items() if found.get(name) != value}:
+        raise ValueError(
+            f"--output holds {job.path.name}, drawn with {other}; choose another folder for these settings"
+        )
+    return True
+
+
 def waiting_jobs(options: argparse.Namespace, jobs: Sequence[Job]) -> Sequence[Job]:
     """What this process has to draw; says what it has not."""
     if is_picture(options.output):
         return jobs if process_number() == 0 else []
     own = own_share(jobs)
-    waiting = [job for job in own if not job.path.exists()]
+    waiting = [job for job in own if not is_drawn(job, options)]
     if len(waiting) < len(own):
         print(f"{len(own) - len(waiting)} of {len(own)} pictures are there already")
     if options.animation is not None and process_number() == 0 and jobs[0] not in waiting:

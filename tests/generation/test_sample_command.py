@@ -171,6 +171,26 @@ def test_many_prompts_and_what_is_there_already(model, prompts, tmp_path, monkey
     ]
 
 
+@pytest.mark.parametrize("other", [["--guidance", "2"], ["--fast"], ["--negative", "blue"]], ids=" ".join)
+def test_pictures_of_other_settings_are_not_taken_for_these(model, prompts, tmp_path, other):
+    arguments = ["--prompts", str(prompts), "--output", str(tmp_path / "pictures")]
+    run(model, *arguments)
+    with pytest.raises(SystemExit) as stop:
+        run(model, *arguments, *other)
+    assert "00000-a-red-circle-0.png, drawn with" in str(stop.value.code)
+
+
+def test_damaged_pictures_are_drawn_again(model, prompts, tmp_path, capsys):
+    arguments = ["--prompts", str(prompts), "--output", str(tmp_path / "pictures")]
+    run(model, *arguments)
+    damaged = tmp_path / "pictures" / "00000-a-red-circle-0.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    run(model, *arguments)
+    assert damaged.read_bytes() == whole
+    assert "2 of 3 pictures are there already" in capsys.readouterr().out
+
+
 def test_processes_of_torchrun_share_the_work(model, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     seen = []
