@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEATURES = 112
 FEATURE_BLOCK = 4
 REAL_PICTURES = 100  # among which nearest neighbours are sought for comparison
 NETWORK_SIZE = 128  # pixels to which pictures are enlarged

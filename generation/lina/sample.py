@@ -251,7 +251,8 @@ def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequenc
 
     from kernels.native import build_ahead
 
-    if (options.device or "cpu").startswith("cpu") and not torch.cuda.is_available():
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cpu":
         build_ahead("native/probe.cpp", "linear_attention/native.cpp", "fused_layers/convolution.cpp")
     from diffusers.utils import logging as diffusers_logging
 
@@ -259,7 +260,7 @@ def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequenc
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     pipeline = load_pipeline(options.model)
-    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     height, width = pipeline._check_size(options.height, options.width)
     settings = asdict(settings) | {"height": height, "width": width}
