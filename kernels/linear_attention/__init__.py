@@ -24,17 +24,20 @@ Sources: LINA, arXiv 2601.22630 (division with a gate of keys and values; its of
 which is the same quotient); InLine attention, arXiv 2412.06590 (subtraction); linear attention, arXiv 2006.16236.
 
 Files: `reference.py` is the definition, all pairs of tokens; `factored.py` is the `torch` backend; `native.cpp` is the
-CPU kernel and `triton.py` the GPU kernel; `operators.py` registers them with PyTorch.
+CPU kernel, with `convolution.h` for a convolution in its read-out, and `triton.py` the GPU kernel; `operators.py`
+registers them with PyTorch.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
+from kernels.fused_layers import add_image_convolution
 from kernels.linear_attention import factored, operators, reference
-from kernels.linear_attention.arguments import Settings, check_arguments
+from kernels.linear_attention.arguments import Settings, check_arguments, check_convolution
 from kernels.precision import common_dtype, full_precision
 
-__all__ = ["linear_attention"]
+__all__ = ["linear_attention", "linear_attention_with_convolution"]
 
 
 def linear_attention(
@@ -82,3 +85,62 @@ def linear_attention(
         key_gate, value_gate = (None if gate is None else next(given) for gate in (key_gate, value_gate))
         form = reference if backend == "reference" else factored
         return form.linear_attention(query, key, widened, key_gate, value_gate, settings).to(value.dtype)
+
+
+def linear_attention_with_convolution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    key_gate: Tensor | None = None,
+    value_gate: Tensor | None = None,
+    feature_map: str | None = "relu",
+    normalization: str = "division",
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """`linear_attention + [0 | depthwise convolution of the image]`, the image being the last h w tokens of `x`.
+
+    The native kernel, while gradients are off, convolves each block of queries as it reads them out: the output is
+    written once. Else, and on a GPU, this is `linear_attention` and then `kernels.fused_layers.add_image_convolution`.
+
+    Args:
+        query: as in `linear_attention`, like what is not named here.
+        key: (B, N, heads, D).
+        value: (B, N, heads, V).
+        x: (B, M, C) with C = heads V, a token for each query.
+        weight: (C, 1, K, K) with K odd; outside of the image lie (K - 1) / 2 zeros.
+        bias: (C,), or None for none.
+        grid: (h, w), at most M pixels.
+        key_gate: (heads, N) or (1, N).
+        value_gate: the same.
+        feature_map: "relu" or None.
+        normalization: "division" or "subtraction".
+        eps: positive.
+        backend: one of `kernels.backend.BACKENDS`; chosen by device if None.
+
+    Returns:
+        (B, M, C) in the dtype of `value`; sums are float32 at least.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or options do not fit.
+        RuntimeError: the named backend cannot run here.
+    """
+    settings = Settings(feature_map, normalization, eps)
+    check_arguments(query, key, value, key_gate, value_gate, settings)
+    check_convolution(x, weight, bias, grid, query, value)
+    backend = resolve_backend("linear_attention_with_convolution", query.device, backend)
+    without_gradients = not torch.is_grad_enabled()
+    if backend == "native" and without_gradients:
+        return operators.linear_attention_with_convolution(
+            query, key, value, key_gate, value_gate, x, weight, bias, *grid, *settings.as_arguments()
+        )
+    options = {"feature_map": feature_map, "normalization": normalization, "eps": eps, "backend": backend}
+    mixed = linear_attention(query, key, value, key_gate=key_gate, value_gate=value_gate, **options).flatten(2)
+    if 0 in grid:
+        return mixed
+    return add_image_convolution(mixed, x, weight, bias, grid=grid, overwrite=without_gradients, backend=backend)

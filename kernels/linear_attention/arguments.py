@@ -65,12 +65,37 @@ def check_arguments(
                 f"(heads, keys) = ({heads}, {tokens}), or (1, {tokens}) for all heads"
             )
         tensors[name] = gate
+    _check_kinds(tensors, query)
+    _check_options(settings)
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], query: Tensor, value: Tensor
+) -> None:
+    """Raise `ValueError` for what does not fit `query` and `value`, which `check_arguments` has passed."""
+    batch, queries, heads, _ = query.shape
+    channels = heads * value.shape[3]
+    beside = f"query {tuple(query.shape)} and value {tuple(value.shape)}"
+    _check_shape("x", x, (batch, queries, channels), beside)
+    if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] > queries:
+        raise ValueError(f"grid is {grid}; it must be (rows, columns) of at most {queries} pixels, one for each query")
+    size = weight.shape[-1] if weight.dim() else 0
+    if size % 2 == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (channels, 1, K, K) with K odd")
+    _check_shape("weight", weight, (channels, 1, size, size), beside)
+    tensors = {"x": x, "weight": weight}
+    if bias is not None:
+        _check_shape("bias", bias, (channels,), beside)
+        tensors["bias"] = bias
+    _check_kinds(tensors, query)
+
+
+def _check_kinds(tensors: dict[str, Tensor], query: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-    _check_options(settings)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], beside: str) -> None:

@@ -2,8 +2,8 @@
 //
 // Each batch element's head is a task of its own, or, where these are few, several: ranges of its tokens, whose states
 // are added in their order. Tokens are packed in blocks, mapped and gated on the way (products.h), so that the inputs
-// are read as they lie. How tokens are divided depends on the sizes alone, and so the bits do not depend on the number
-// of threads.
+// are read as they lie; a block of outputs takes in the convolution of an image (convolution.h) before it is written.
+// How tokens are divided depends on the sizes alone, and so the bits do not depend on the number of threads.
 //
 // T is the type of the arithmetic (float or double).
 
@@ -12,7 +12,7 @@
 #include <cmath>
 #include <limits>
 
-#include "products.h"
+#include "convolution.h"
 
 namespace {
 
@@ -25,10 +25,13 @@ struct Problem {
     int32_t relu, divides;
     Tensor query, key, value;
     Tensor key_gate, value_gate;  // (heads, keys); null: ones
-    Tensor state, sums;           // T (batch, heads, D, V) and (batch, heads, D + V)
+    Tensor state, sums;           // T (batch, heads, D, V) and (batch, heads, D + V), or null: not wanted
     Tensor output;                // forward
     Tensor grad_output, grad_query, grad_key, grad_value;
     Tensor grad_key_gate, grad_value_gate;  // T (batch, heads, keys), or null
+    Image image;                            // whose convolution is added to the outputs of the last queries
+
+    double tokens() const { return double(std::max<int64_t>(keys, 1)); }  // without keys all sums are zero
 };
 
 enum Outcome { DONE = 0, NO_MEMORY = 1 };
@@ -72,15 +75,18 @@ template <typename T> class Worker {
     static int64_t scratch(const Problem& p, bool backward) {
         const int64_t k = padded<T>(p.key_dim), v = padded<T>(p.value_dim);
         const int64_t blocks = BLOCK * (k + v) * (backward ? 3 : 1), states = State<T>::size(p) * (backward ? 2 : 1);
-        return blocks + states + (backward ? k * v : 0) + 2 * BLOCK;
+        const int64_t convolution = p.image.tensor.data ? BLOCK * v : 0;
+        return blocks + states + (backward ? k * v : 0) + 2 * BLOCK + convolution +
+               ImageConvolution<T>::scratch(p.image, p.value_dim);
     }
 
     Worker(const Problem& p, bool backward, T* memory)
-        : p_(p), k_(padded<T>(p.key_dim)), v_(padded<T>(p.value_dim)), own(p, memory), own_gradient(p, memory) {
+        : p_(p), k_(padded<T>(p.key_dim)), v_(padded<T>(p.value_dim)), own(p, memory), own_gradient(p, memory),
+          convolution_(p.image, p.value_dim, memory + State<T>::size(p)) {
         low_ = p.relu ? T(0) : -std::numeric_limits<T>::infinity();
         floor_ = p.relu ? T(p.floor) : T(0);
-        scale_ = T(1 / std::sqrt(double(std::max<int64_t>(p.key_dim, 1))) / double(p.keys));
-        memory += State<T>::size(p);
+        scale_ = T(1 / std::sqrt(double(std::max<int64_t>(p.key_dim, 1))) / p.tokens());
+        memory += State<T>::size(p) + ImageConvolution<T>::scratch(p.image, p.value_dim);
         const auto take = [&](int64_t count) {
             T* taken = memory;
             memory += count;
@@ -88,6 +94,7 @@ template <typename T> class Worker {
         };
         factors_ = take(BLOCK), other_factors_ = take(BLOCK);
         keyed_ = take(BLOCK * k_), valued_ = take(BLOCK * v_);
+        if (p.image.tensor.data) local_ = take(BLOCK * v_);
         if (!backward) return;
         own_gradient = State<T>(p, take(State<T>::size(p)));
         turned_ = take(k_ * v_);
@@ -118,20 +125,20 @@ template <typename T> class Worker {
 
     // The outputs of queries `first` .. `last` - 1.
     void read_out(int64_t first, int64_t last, const State<T>& state) {
-        const T of_mean = 1 / T(p_.keys);
-        for (int64_t token = first; token < last; token += BLOCK) {
-            const int64_t count = std::min(BLOCK, last - token);
+        const int64_t image = p_.image.tensor.data ? p_.image.before : p_.queries;  // where it begins
+        for (int64_t token = first, count; token < last; token += count) {
+            count = std::min(BLOCK, (token < image ? std::min(image, last) : last) - token);
             read_queries(token, count, state, [](Vector<T>, int64_t, int64_t) {});
             keys(p_.query).fetch(token + count, BLOCK, p_.queries, ahead_);
             values(p_.output).fetch(token, count, p_.queries, ahead_);
+            if (token >= image) convolution_.fetch(values(p_.image.tensor), ahead_);
             multiply<T, false>(count, v_, p_.key_dim, {keyed_, k_, 1}, state.matrix, v_, valued_, v_, ahead_);
-            if (p_.divides) {
-                values(p_.output).write(token, count, valued_, [&](Vector<T> x, int64_t i, int64_t) {
-                    return x * factors_[i];
-                });
+            if (token < image) {
+                write_outputs(token, count, state, [](Vector<T> x, int64_t, int64_t) { return x; });
             } else {
-                values(p_.output).write(token, count, valued_, [&](Vector<T> x, int64_t i, int64_t c) {
-                    return x * scale_ + load(state.value_sum + c) * ((1 - scale_ * other_factors_[i]) * of_mean);
+                convolution_.convolve(batch_, head_, token - image, count, local_);
+                write_outputs(token, count, state, [&](Vector<T> x, int64_t i, int64_t c) {
+                    return x + load(local_ + i * v_ + c);
                 });
             }
         }
@@ -220,6 +227,7 @@ template <typename T> class Worker {
     }
 
     void write_state(const State<T>& state) const {
+        if (!p_.state.data) return;
         T* to = matrix();
         for (int64_t d = 0; d < p_.key_dim; d++, to += p_.value_dim)
             std::copy(state.matrix + d * v_, state.matrix + d * v_ + p_.value_dim, to);
@@ -271,10 +279,25 @@ template <typename T> class Worker {
             see(x, i, c);
             return feature(x);
         });
-        const T constant = T(p_.eps * double(p_.keys));
+        const T constant = T(p_.eps * p_.tokens());
         for (int64_t i = 0; i < count; i++) {
             other_factors_[i] = dot(keyed_ + i * k_, state.key_sum, k_);
             factors_[i] = p_.divides ? 1 / (other_factors_[i] + constant) : scale_;
+        }
+    }
+
+    // Writes the packed rows, each vector of an output as finish(vector, row, column) makes it.
+    template <typename F> void write_outputs(int64_t token, int64_t count, const State<T>& state, F&& finish) const {
+        const T of_mean = T(1 / p_.tokens());
+        if (p_.divides) {
+            values(p_.output).write(token, count, valued_, [&](Vector<T> x, int64_t i, int64_t c) {
+                return finish(x * factors_[i], i, c);
+            });
+        } else {
+            values(p_.output).write(token, count, valued_, [&](Vector<T> x, int64_t i, int64_t c) {
+                const T rest = (1 - scale_ * other_factors_[i]) * of_mean;
+                return finish(x * scale_ + load(state.value_sum + c) * rest, i, c);
+            });
         }
     }
 
@@ -299,6 +322,7 @@ template <typename T> class Worker {
         std::copy(sums() + p_.key_dim, sums() + p_.key_dim + p_.value_dim, state.value_sum);
     }
 
+    ImageConvolution<T> convolution_;
     Ahead ahead_;
     int64_t batch_ = 0, head_ = 0;
     T low_, floor_, scale_;
@@ -306,6 +330,7 @@ template <typename T> class Worker {
     T *keyed_, *valued_;           // a block, packed
     T *turned_ = nullptr, *raw_keyed_ = nullptr, *raw_valued_ = nullptr;  // backward only, as are the next
     T *grad_keyed_ = nullptr, *grad_valued_ = nullptr;
+    T* local_ = nullptr;  // a block of the convolution
 };
 
 template <typename T> int run(const Problem& p, bool backward, int threads) {

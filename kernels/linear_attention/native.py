@@ -1,6 +1,7 @@
 """Calls the CPU kernels of `native.cpp`."""
 
 import ctypes
+import math
 from functools import cache
 
 import torch
@@ -35,6 +36,10 @@ class Problem(ctypes.Structure):
         ("grad_value", NativeTensor),
         ("grad_key_gate", NativeTensor),
         ("grad_value_gate", NativeTensor),
+        ("image_sizes", ctypes.c_int64 * 4),
+        ("image", NativeTensor),
+        ("weight", NativeTensor),
+        ("bias", NativeTensor),
     )
 
 
@@ -53,7 +58,7 @@ def forward(
     batch, queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     inputs = {"query": query, "key": key, "value": value, "key_gate": key_gate, "value_gate": value_gate}
-    wide = any(t is not None and t.dtype == torch.float64 for t in inputs.values())
+    wide = _has_float64(inputs)
     dtype = torch.float64 if wide else torch.float32
     shapes = (
         (batch, queries, heads, value_dim),
@@ -67,6 +72,29 @@ def forward(
     state, sums = (torch.empty(shape, dtype=dtype) for shape in shapes[1:])
     _run("linear_attention_forward", inputs, {"output": output, "state": state, "sums": sums}, settings, wide)
     return output.to(value.dtype), state, sums
+
+
+def forward_with_convolution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_gate: Tensor | None,
+    value_gate: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    settings: Settings,
+) -> Tensor:
+    """Output (B, M, C), contiguous; arguments as in the operation."""
+    batch, queries, heads, _ = query.shape
+    output = torch.empty((batch, queries, heads, value.shape[3]), dtype=_written(value.dtype))
+    if output.numel():
+        inputs = {"query": query, "key": key, "value": value, "key_gate": key_gate, "value_gate": value_gate}
+        if grid[0] * grid[1]:
+            inputs |= {"image": x.unflatten(2, (heads, -1)), "weight": weight.flatten(1), "bias": bias}
+        _run("linear_attention_forward", inputs, {"output": output}, settings, _has_float64(inputs), grid)
+    return output.flatten(2).to(value.dtype)
 
 
 def backward(
@@ -101,13 +129,22 @@ def backward(
     return *gradients[:3], *(state.new_empty(0) if gate is None else next(of_gates) for gate in gates.values())
 
 
+def _has_float64(tensors: dict[str, Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors.values())
+
+
 def _written(dtype: torch.dtype) -> torch.dtype:
     """A dtype that the kernels write."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _run(
-    name: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], settings: Settings, wide: bool
+    name: str,
+    inputs: dict[str, Tensor | None],
+    outputs: dict[str, Tensor],
+    settings: Settings,
+    wide: bool,
+    grid: tuple[int, int] = (0, 0),
 ) -> None:
     """Run a kernel; `outputs` are contiguous and written."""
     batch, queries, heads, head_dim = inputs["query"].shape
@@ -118,6 +155,8 @@ def _run(
         relu=settings.feature_map == "relu",
         divides=settings.divides,
     )
+    if "weight" in inputs:
+        problem.image_sizes = (queries - grid[0] * grid[1], *grid, math.isqrt(inputs["weight"].shape[1]))
     for gate in ("key_gate", "value_gate"):
         if inputs[gate] is not None:
             inputs[gate] = inputs[gate].expand(heads, -1)

@@ -50,6 +50,33 @@ def _(query, key, value, key_gate, value_gate, *settings_and_backend):
     )
 
 
+@torch.library.custom_op("gated_vision::linear_attention_with_convolution", mutates_args=(), device_types="cpu")
+def linear_attention_with_convolution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_gate: Tensor | None,
+    value_gate: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    feature_map: str | None,
+    normalization: str,
+    eps: float,
+) -> Tensor:
+    """Native only, without a gradient."""
+    settings, grid = Settings(feature_map, normalization, eps), (height, width)
+    kernels = _kernels("native")
+    return kernels.forward_with_convolution(query, key, value, key_gate, value_gate, x, weight, bias, grid, settings)
+
+
+@linear_attention_with_convolution.register_fake
+def _(query, key, value, key_gate, value_gate, x, *convolution_and_settings):
+    return value.new_empty(x.shape)
+
+
 @torch.library.custom_op("gated_vision::linear_attention_backward", mutates_args=())
 def linear_attention_backward(
     grad_output: Tensor,

