@@ -23,6 +23,7 @@ bench: .venv/.stamp
 	$(BIN)/python -m kernels.benchmark
 	$(BIN)/python -m vision benchmark
 	$(BIN)/python -m generation benchmark lina
+	$(BIN)/python -m generation benchmark spiking
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

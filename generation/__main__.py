@@ -6,6 +6,11 @@
     python -m generation evaluate shapes                                               score a model with the checker
     python -m generation evaluate-openmoji                                             what a model of OpenMoji draws
     python -m generation ablation --config configs/generation/lina_ablation.yaml       what its parts are worth
+    python -m generation sample-spiking --label 7 --output grid.png                    draw images (spiking diffusion)
+    python -m generation evaluate-spiking digits digits-ann                            their quality
+    python -m generation sweep-threshold digits                                        quality by the neurons' threshold
+    python -m generation energy digits --twin digits-ann                               what neurons do, and its energy
+    python -m generation convert-spiking runs/quantized/0 --output runs/converted      quantised to spiking
     python -m generation benchmark lina                                                speed of the models
 
 Each takes --help.
@@ -17,9 +22,11 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from generation.argument_checks import check_numbers
 from generation.atomic_files import prepare_output
-from generation.lina.sample import check_numbers
+from generation.lina.sample import LIMITS
 from generation.lina.shipped_models import check_model, models_there
+from generation.spiking_diffusion import commands as spiking
 
 HOME_OF = {
     "fit": "generation.training",
@@ -28,8 +35,14 @@ HOME_OF = {
     "evaluate": "generation.lina.shape_scores",
     "evaluate-openmoji": "generation.lina.openmoji_scores",
     "ablation": "generation.lina.ablation",
+    "sample-spiking": "generation.spiking_diffusion.sample",
+    "evaluate-spiking": "generation.spiking_diffusion.evaluation:evaluate",
+    "sweep-threshold": "generation.spiking_diffusion.evaluation:sweep",
+    "energy": "generation.spiking_diffusion.energy_report",
+    "convert-spiking": "generation.spiking_diffusion.conversion",
     "benchmark": "generation.benchmark",
 }
+INTERRUPTED = 130  # exit code, as of shells
 COUNTS = {"prompts": (1, 100_000), "pictures": (1, 100_000)}
 
 EVALUATE = """How well a model draws what captions say: the checker's scores of held-out prompts.
@@ -65,8 +78,7 @@ def evaluation_parser(command: str, description: str, model: str) -> argparse.Ar
 def checked(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with numbers in range, a model that is there, and outputs that can be written."""
     options = parser.parse_args(arguments)
-    check_numbers(parser, options)
-    check_numbers(parser, options, COUNTS)
+    check_numbers(parser, options, LIMITS | COUNTS)
     grid = getattr(options, "grid", None)
     if grid is not None and grid.suffix.lower() != ".png":
         parser.error(f"--grid is {grid}; it must end in .png")
@@ -109,6 +121,11 @@ def evaluate_openmoji_options(arguments: Sequence[str]) -> argparse.Namespace:
 OPTIONS_OF: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
     "evaluate": evaluate_options,
     "evaluate-openmoji": evaluate_openmoji_options,
+    "sample-spiking": spiking.sample_options,
+    "evaluate-spiking": spiking.evaluate_options,
+    "sweep-threshold": spiking.sweep_options,
+    "energy": spiking.energy_options,
+    "convert-spiking": spiking.convert_options,
 }
 
 
@@ -119,10 +136,24 @@ def main(arguments: list[str]) -> None:
         return
     if command not in HOME_OF:
         sys.exit(f"unknown command {command!r}; valid are {', '.join(HOME_OF)}")
+    try:
+        run(command, arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning makes an exit of the interrupt.
+        interrupt = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
+        if not isinstance(interrupt, KeyboardInterrupt):
+            raise
+        print("; ".join(["stopped", *map(str, interrupt.args)]), file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Do what `arguments`, of which `command` is the first, say."""
     if command in OPTIONS_OF:
         try:
             options = OPTIONS_OF[command](arguments[1:])
-            import_module(HOME_OF[command]).main(options)
+            home, _, function = HOME_OF[command].partition(":")
+            getattr(import_module(home), function or "main")(options)
         except ValueError as error:
             sys.exit(f"error: {error}")
         return

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and whether they can be written: asked before long work, not after it."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,15 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new folder beside `folder`, then put it in its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        write(Path(scratch) / folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(scratch) / folder.name, folder)
 
 
 def prepare_output(name: str, path: Path, as_folder: bool = False) -> None:

@@ -1,6 +1,7 @@
 """`python -m generation benchmark SYSTEM`: speed of a generative model beside an unoptimised one of the same numbers.
 
-    python -m generation benchmark lina    linear attention, sampling and memory of LINA
+    python -m generation benchmark lina       linear attention, sampling and memory of LINA
+    python -m generation benchmark spiking    spiking neurons
 
 Each takes --help.
 """
@@ -8,7 +9,7 @@ Each takes --help.
 import sys
 from importlib import import_module
 
-HOME_OF = {"lina": "generation.lina.benchmark"}
+HOME_OF = {"lina": "generation.lina.benchmark", "spiking": "generation.spiking_diffusion.benchmark"}
 
 
 def main(arguments: list[str]) -> None:

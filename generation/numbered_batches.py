@@ -5,8 +5,10 @@ So a run gives the same batches with any number of processes or workers, and aga
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -88,3 +90,57 @@ class NumberedBatches(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def generator_of_batch(module: pl.LightningModule, seed: int, batch_index: int) -> torch.Generator:
+    """For the noise of a training step, of seed, number of the batch in the run, and process alone: a resumed run draws
+    what it would have drawn.
+
+    Args:
+        module: in training.
+        seed: of the run, less than 2^31.
+        batch_index: as `training_step` is told.
+    """
+    accumulated = module.trainer.accumulate_grad_batches
+    number = module.global_step * accumulated + batch_index % accumulated
+    return torch.Generator(module.device).manual_seed((seed * 2**20 + number) * 4096 + module.global_rank)
+
+
+class EndlessOrder:
+    """`order[i]` is the image at position i of the run, which goes through `count` images in one order after another,
+    each drawn from the seed."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._drawn: tuple[int, np.ndarray] | None = None  # of the pass in progress
+
+    def __getitem__(self, position: int) -> int:
+        number, place = divmod(position, self.count)
+        if self._drawn is None or self._drawn[0] != number:
+            # Passes and batches must not draw from the same stream, hence the third number.
+            self._drawn = number, np.random.default_rng([self.seed, number, 1]).permutation(self.count)
+        return int(self._drawn[1][place])
+
+
+class BatchesInOrder(Dataset):
+    """Batches of images as they are, for evaluation.
+
+    Args:
+        batch_of: a batch, from indices of its images.
+        count: of the images.
+        batch_size: of all batches but the last.
+        share: (rank, processes): this process takes every so-many-th image.
+    """
+
+    def __init__(
+        self, batch_of: Callable[[list[int]], dict[str, Any]], count: int, batch_size: int, share: tuple[int, int]
+    ) -> None:
+        mine = range(share[0], count, share[1])
+        self.batch_of = batch_of
+        self.batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.batch_of(self.batches[number])

@@ -5,7 +5,9 @@ and a flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metr
 the system reports (see its module). `--ckpt_path last` resumes the experiment's newest run.
 """
 
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,26 @@ from lightning.pytorch.loggers import CSVLogger
 from kernels.native.memory import keep_freed_memory
 
 CHECKPOINT_EVERY = 500  # steps
+
+
+def checkpoint_path(given: str | None, root: Path, numbers: Sequence[int]) -> str | None:
+    """What `--ckpt_path` means.
+
+    Args:
+        given: a path or URL, or "last" for the newest checkpoint of the runs `numbers`, in ascending order, in `root`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if given == "last":
+        checkpoints = [root / str(number) / "checkpoints" / "last.ckpt" for number in reversed(numbers)]
+        found = next((str(path) for path in checkpoints if path.is_file()), None)
+        if found is None:
+            raise ValueError(f"ckpt_path is 'last', but no run in {root} has a checkpoint")
+        return found
+    if given is not None and "://" not in given and not Path(given).exists():
+        raise ValueError(f"ckpt_path is {given!r}; there is no such file; valid are a checkpoint and 'last'")
+    return given
 
 
 class TrainingCommandLine(LightningCLI):
@@ -63,12 +85,10 @@ class TrainingCommandLine(LightningCLI):
         root = Path(settings.runs) / experiment
         numbers = sorted(int(entry.name) for entry in root.glob("*") if entry.name.isdecimal())
         self.run_folder = root / str(numbers[-1] + 1 if numbers else 0)
-        if settings.get("ckpt_path") == "last":
-            checkpoints = [root / str(number) / "checkpoints" / "last.ckpt" for number in reversed(numbers)]
-            found = next((path for path in checkpoints if path.is_file()), None)
-            if found is None:
-                raise ValueError(f"ckpt_path is 'last', but no run in {root} has a checkpoint")
-            settings.ckpt_path = str(found)
+        try:
+            settings.ckpt_path = checkpoint_path(settings.get("ckpt_path"), root, numbers)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from generation.lina.attention_memory import AttentionMemory
 from generation.lina.embeddings import rotate
 from kernels.fused_layers import add_image_convolution, depthwise_convolution
-from kernels.linear_attention import linear_attention
+from kernels.linear_attention import linear_attention, linear_attention_with_convolution
 from kernels.packed_linear import is_plain
 
 ATTENTIONS = ("linear", "softmax")
@@ -144,9 +144,12 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
         else:
             key_gate, value_gate = self.gates_for(grid)
-            mixed = linear_attention(
-                query, key, value, key_gate=key_gate, value_gate=value_gate, normalization=self.normalization
-            ).flatten(2)
+            options = {"key_gate": key_gate, "value_gate": value_gate, "normalization": self.normalization}
+            if self.dw_conv is not None and wanted is None:
+                convolution = (x, self.dw_conv.weight, self.dw_conv.bias)
+                mixed = linear_attention_with_convolution(query, key, value, *convolution, grid=grid, **options)
+                return self.proj(mixed)
+            mixed = linear_attention(query, key, value, **options).flatten(2)
         if self.dw_conv is not None:
             mixed = self._add_locality(mixed, x, grid, wanted)
         return self.proj(mixed)

@@ -30,11 +30,16 @@ def launches_on_a_gpu(width: int, heads: int, side: int, batch: int) -> dict[str
 
     Linear attention is accumulation and read-out; where the tokens are cut into ranges, two sums of the ranges' states
     lie between them (kernels/linear_attention/triton.py), so that four is the most. The convolution has no kernel of
-    its own on a GPU: its plain operations count.
+    its own on a GPU, and is in none of attention's: its plain operations count.
     """
-    convolution = gpu_convolution(width, heads, side, batch).operations
-    names = ("add_image_convolution", "add_image_convolution_")
-    return {"gated_vision::linear_attention": 4, **{f"gated_vision::{name}": convolution for name in names}}
+    attention, convolution = 4, gpu_convolution(width, heads, side, batch).operations
+    launches = {
+        "linear_attention": attention,
+        "linear_attention_with_convolution": attention + convolution,
+        "add_image_convolution": convolution,
+        "add_image_convolution_": convolution,
+    }
+    return {f"gated_vision::{name}": number for name, number in launches.items()}
 
 
 def count_block(width: int = 1536, heads: int = 16, side: int = 16, batch: int = 2) -> dict[str, int]:
@@ -83,22 +88,28 @@ def count_bytes(width: int, heads: int, side: int = 32) -> dict[str, float]:
     x = torch.randn(1, tokens, width, dtype=torch.bfloat16)
     with torch.no_grad():
         of_eager, of_ours = count(lambda: eager(x)), count(lambda: ours(x, (side, side)))
-    convolution = of_ours.by_operation["gated_vision::add_image_convolution_"][1]
-    on_gpu = of_ours.bytes - convolution + gpu_convolution(width, heads, side, 1).bytes
+    separate = count(lambda: ours(x, (side, side)))  # with gradients, attention and convolution are two, as on a GPU
+    convolution = separate.by_operation["gated_vision::add_image_convolution"][1]
+    on_gpu = separate.bytes - convolution + gpu_convolution(width, heads, side, 1).bytes
     least = 2 * (4 * width * width + 4 * width + tokens * width * (1 + 3 + 3 + 1 + 1 + 1))
     sizes = {"eager": of_eager.bytes, "ours": of_ours.bytes, "ours, on a GPU": on_gpu, "projections alone": least}
     return {name: size / 1e6 for name, size in sizes.items()}
 
 
-def _attention_flops(query: tuple, key: tuple, value: tuple, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_flops(query: tuple, key: tuple, value: tuple) -> int:
     """Of the state, its read-out and the denominators."""
     (batch, queries, heads, dim), keys, value_dim = query, key[1], value[3]
     return 2 * batch * heads * (keys * dim * value_dim + queries * dim * value_dim + queries * dim)
 
 
-def _convolution_flops(tokens: tuple, x: tuple, weight: tuple, bias: Any, height: int, width: int, **__: Any) -> int:
+def _convolution_flops(x: tuple, weight: tuple, bias: Any, height: int, width: int) -> int:
     batch, _, channels = x
     return 2 * batch * height * width * channels * weight[2] * weight[3]
+
+
+def _fused_flops(*arguments: Any, out_shape: Any = None, **__: Any) -> int:
+    """Of the arguments of the operator: query, key, value, two gates, then the convolution's."""
+    return _attention_flops(*arguments[:3]) + _convolution_flops(*arguments[5:10])
 
 
 def _softmax_flops(query: tuple, key: tuple, value: tuple, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -111,8 +122,7 @@ def attention_gmacs(width: int, heads: int, side: int) -> dict[str, float]:
     """Multiply-adds of a decoder attention module and of its softmax twin, counted where they run, on tensors without
     memory."""
     formulas = {
-        torch.ops.gated_vision.linear_attention: _attention_flops,
-        torch.ops.gated_vision.add_image_convolution_: _convolution_flops,
+        torch.ops.gated_vision.linear_attention_with_convolution: _fused_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _softmax_flops,
     }
     counts = {}

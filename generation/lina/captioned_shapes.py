@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from generation.lina.numbered_batches import NumberedBatches
+from generation.numbered_batches import NumberedBatches
 
 IMAGE_SIZE = 32
 BACKGROUND = (0.96, 0.96, 0.96)

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from generation.lina.numbered_batches import NumberedBatches
+from generation.numbered_batches import BatchesInOrder, EndlessOrder, NumberedBatches
 
 HELD_OUT_PER_GROUP = 25
 LEAST_OCCURRENCES = 2  # of each word of a held-out caption in training captions
@@ -211,22 +211,14 @@ class EmojiBatches(Dataset):
         self.emoji, self.features, self.length, self.batch_size = emoji, features, length, batch_size
         self.shift, self.mirrored, self.seed, self.share = shift, mirrored, seed, share
         self.may_be_mirrored = np.array([not set(words_of(one)) & set(SIDED_WORDS.split()) for one in emoji.captions])
-        self._order: tuple[int, np.ndarray] | None = None  # of the pass in progress
+        self.order = EndlessOrder(len(emoji), seed)
 
     def __len__(self) -> int:
         return self.length
 
-    def _picture_at(self, position: int) -> int:
-        """Index of the picture at a position in the run."""
-        number, place = divmod(position, len(self.emoji))
-        if self._order is None or self._order[0] != number:
-            # Passes and batches must not draw from the same stream, hence the third number.
-            self._order = number, np.random.default_rng([self.seed, number, 1]).permutation(len(self.emoji))
-        return int(self._order[1][place])
-
     def __getitem__(self, number: int) -> dict[str, Tensor | list]:
         generator = np.random.default_rng([self.seed, number])
-        chosen = [self._picture_at(number * self.batch_size + i) for i in range(self.batch_size)]
+        chosen = [self.order[number * self.batch_size + i] for i in range(self.batch_size)]
         offsets = generator.integers(0, 2 * self.shift + 1, (self.batch_size, 2))
         mirrored = (generator.random(self.batch_size) < self.mirrored) & self.may_be_mirrored[chosen]
         rank, processes = self.share
@@ -239,23 +231,6 @@ class EmojiBatches(Dataset):
             for own, (down, across) in zip(padded, offsets.tolist(), strict=True)
         ]
         return _batch(torch.stack(shifted), self.emoji.captions, self.features, chosen)
-
-
-class EmojiInOrder(Dataset):
-    """Batches of pictures as they are, for evaluation."""
-
-    def __init__(self, emoji: Emoji, features: Sequence[Tensor] | None, batch_size: int, share: tuple[int, int]):
-        rank, processes = share
-        mine = range(rank, len(emoji), processes)
-        self.emoji, self.features = emoji, features
-        self.batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor | list]:
-        chosen = self.batches[number]
-        return _batch(self.emoji.images[chosen], self.emoji.captions, self.features, chosen)
 
 
 def _batch(
@@ -324,7 +299,12 @@ class CaptionedEmoji(NumberedBatches):
 
     def val_dataloader(self) -> DataLoader:
         share = (self.trainer.global_rank, self.trainer.world_size)
-        batches = EmojiInOrder(self.held_out, self.features[1], self.evaluation_batch_size, share)
+        held_out, features = self.held_out, self.features[1]
+
+        def batch_of(chosen: list[int]) -> dict[str, Tensor | list]:
+            return _batch(held_out.images[chosen], held_out.captions, features, chosen)
+
+        batches = BatchesInOrder(batch_of, len(self.held_out), self.evaluation_batch_size, share)
         return self.loader(batches, lambda: range(len(batches)))
 
     def test_dataloader(self) -> DataLoader:

@@ -14,9 +14,9 @@ from torchvision.utils import save_image
 
 from generation.atomic_files import write_atomically
 from generation.lina.openmoji import GROUPS, Emoji, group_of, split_emoji, to_signed
-from generation.lina.picture_statistics import PictureStatistics
 from generation.lina.shape_scores import draw_prompts
 from generation.lina.shipped_models import load_pipeline
+from generation.picture_statistics import PictureStatistics
 
 SHOWN = 32  # pictures of a grid, each above the real one
 

@@ -1,11 +1,13 @@
 """Drawing into pictures and around them, and showing how a picture came about."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
@@ -54,49 +56,80 @@ class Canvas:
         return torch.where(mask > 0.5, drawn.float(), pictures)
 
 
-def prepare_canvas(image: Any, mask_image: Any, count: int, size: tuple[int, int], stride: int) -> Canvas | None:
+def _read(name: str, image: Any, processor: VaeImageProcessor) -> Tensor:
+    several = isinstance(image, list | tuple)
+    given = list(image) if several else [image]
+    kinds = (Image.Image, np.ndarray, Tensor)
+    if not given or not any(all(isinstance(one, kind) for one in given) for kind in kinds):
+        raise ValueError(
+            f"{name} is {reprlib.repr(image)}; it must be a PIL image, an array or a tensor, or a list of one of these "
+            f"kinds (PIL.Image.open reads a file)"
+        )
+    try:
+        return processor.preprocess(given if several else image)
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be read as pictures of one size: {error}") from error
+
+
+def read_painting(image: Any, mask_image: Any) -> tuple[Tensor, Tensor] | None:
     """Read what a user gives as picture and mask: PIL images, arrays or tensors in [0, 1], or lists of them.
 
     Args:
-        image: one, or one for each of `count`; None, with `mask_image` None too, for no canvas.
+        image: one or several; None, with `mask_image` None too, for none.
         mask_image: accordingly.
-        count: how many pictures are drawn.
-        size: their height and width.
-        stride: pixels along the side of a token.
+
+    Returns:
+        Pictures `[b, 3, H, W]` in [-1, 1] and masks `[b', 1, H', W']` of zeros and ones.
 
     Raises:
-        ValueError: one is missing, they do not fit, or the masks ask for none or different numbers of tokens.
+        ValueError: one is missing, of another kind, or out of range.
     """
     if (image is None) != (mask_image is None):
         missing = "image" if image is None else "mask_image"
         raise ValueError(f"{missing} is None; image and mask_image belong together")
     if image is None:
         return None
-    options = {"vae_scale_factor": stride, "do_resize": False}
-    pictures = VaeImageProcessor(**options, do_convert_rgb=True).preprocess(image)
+    pictures = _read("image", image, VaeImageProcessor(do_resize=False, do_convert_rgb=True))
     if getattr(mask_image, "ndim", None) == 2:
         mask_image = mask_image[None]
-    as_mask = VaeImageProcessor(**options, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-    masks = as_mask.preprocess(mask_image).float()
+    options = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    masks = _read("mask_image", mask_image, VaeImageProcessor(do_resize=False, **options)).float()
     if pictures.shape[1] != 3 or not pictures.abs().max() <= 1:
         raise ValueError(
             f"image has shape {tuple(pictures.shape)} and values up to {pictures.max().item():.3g}; it must have 3 "
             f"channels, and arrays and tensors hold numbers from 0 to 1"
         )
-    masks = masks[:, :1]
+    if not masks.isfinite().all():
+        raise ValueError("mask_image holds numbers that are not finite; it must be white, 1, where to draw, and else 0")
+    return pictures.float(), masks[:, :1]
+
+
+def prepare_canvas(pictures: Tensor, masks: Tensor, count: int, size: tuple[int, int], stride: int) -> Canvas:
+    """The canvas of what `read_painting` read.
+
+    Args:
+        pictures: one, or one for each of `count`.
+        masks: accordingly.
+        count: how many pictures are drawn.
+        size: their height and width.
+        stride: pixels along the side of a token.
+
+    Raises:
+        ValueError: their number or size is another, or the masks ask for none or different numbers of tokens.
+    """
     for name, tensor in (("image", pictures), ("mask_image", masks)):
         if tensor.shape[0] not in (1, count) or tuple(tensor.shape[2:]) != tuple(size):
             raise ValueError(
-                f"{name} has {tensor.shape[0]} pictures of {tuple(tensor.shape[2:])} pixels; needed are 1 or {count} "
-                f"of {tuple(size)}"
+                f"{name} has {tensor.shape[0]} pictures of {tensor.shape[2]} x {tensor.shape[3]} pixels (height x "
+                f"width); needed is one, or one for each of {count}, of {size[0]} x {size[1]}"
             )
     unknown = F.max_pool2d(masks, stride).flatten(1) > 0.5
     counts = unknown.sum(1)
-    if counts.min() == 0 or counts.min() != counts.max():
-        raise ValueError(
-            f"mask_image asks for {counts.tolist()} tokens of each picture; they must be equal, and at least 1"
-        )
-    return Canvas(*(x.expand(count, *x.shape[1:]) for x in (pictures.float(), masks, unknown)))
+    if black := int((counts == 0).sum()):
+        raise ValueError(f"mask_image is black in {black} of {len(counts)} masks; white says where to draw")
+    if counts.min() != counts.max():
+        raise ValueError(f"mask_image asks for {counts.tolist()} tokens of its pictures; the numbers must be equal")
+    return Canvas(*(x.expand(count, *x.shape[1:]) for x in (pictures, masks, unknown)))
 
 
 def outpainting_canvas(

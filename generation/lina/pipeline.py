@@ -19,13 +19,14 @@ from torch import Tensor, nn
 import generation.lina.autoencoder
 import generation.lina.packaged_text_encoder
 import generation.lina.text_encoder  # noqa: F401
+from generation.argument_checks import check_callback, check_choice, check_generator, check_whole, returned_tensor
 from generation.lina.embeddings import patchify, unpatchify
-from generation.lina.painting import Canvas, outpainting_canvas, prepare_canvas, save_animation
+from generation.lina.painting import Canvas, outpainting_canvas, prepare_canvas, read_painting, save_animation
 from generation.lina.sampling import draw_tokens
-from generation.lina.sampling_settings import SamplingSettings, check_choice, check_whole
+from generation.lina.sampling_settings import SamplingSettings, check_size
 from generation.lina.text_features import encode_prompts, load_text_encoder
 from generation.lina.transformer import LinaTransformer
-from generation.lina.weights import align, not_finite
+from generation.loaded_weights import align, not_finite
 
 __all__ = ["LinaPipeline", "LinaPipelineOutput", "outpainting_canvas", "save_animation"]
 
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_IMAGES = 4096
-MOST_TOKENS = 65536  # of an image: 4096 x 4096 pixels of the published text-to-image models
 
 
 @dataclass
@@ -171,15 +171,16 @@ class LinaPipeline(DiffusionPipeline):
             prompt_embeds: instead of `prompt`, features `[length, text_dim]` of each.
             negative_prompt_embeds: instead of `negative_prompt`; one for all or one each.
             num_images_per_prompt: of each prompt.
-            height: in pixels; the model's own by default, as is `width`. Other sizes work, on interpolated gates.
+            height: in pixels; by default, as `width`, that of `image` or else the model's own. Other sizes work, on
+                interpolated gates.
             width: in pixels.
             num_inference_steps: steps of autoregression; of a few tokens, some are skipped.
             num_diffusion_steps: steps in which a token is drawn.
             last_diffusion_steps: of the last step of autoregression, towards which the number goes evenly (DiSA, arXiv
                 2505.20297, from 25 to 5); None keeps it.
             guidance_scale: 1 is none.
-            min_guidance_scale: guidance rises evenly from it; None for the same in all steps. Official: 1 for classes,
-                None for captions.
+            min_guidance_scale: guidance rises evenly from it to `guidance_scale`; None for the same in all steps.
+                Official: 1 for classes, None for captions.
             guidance_above: tokens are guided at noise levels of at least this; 0 is exact.
             spacing: of noise levels: "official", or "trailing", which is better with few steps.
             order: in which tokens are drawn: "random", "raster", "spiral".
@@ -189,17 +190,18 @@ class LinaPipeline(DiffusionPipeline):
                 guidance above 0.25. Arguments given beside it are kept as they are where they ask for less.
             image: a picture, or one for each image, in which only what `mask_image` shows is drawn anew; known tokens
                 are what the others are drawn from. `outpainting_canvas` makes both for a larger picture.
-            mask_image: white where to draw; a token of which any pixel is white is drawn.
+            mask_image: white where to draw, which may be everywhere; a token of which any pixel is white is drawn.
             generator: one for all images, or one for each: then an image depends on its own generator alone.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple.
             return_steps: keep the pictures after each step.
             callback_on_step_end: called with the pipeline, the step, the number of known tokens and a dict of tensors;
-                what it returns under "tokens" is gone on with. It may set `interrupt` of the pipeline.
+                what it returns under "tokens", if anything, is gone on with. It may set `interrupt` of the pipeline.
             callback_on_step_end_tensor_inputs: of `tokens`, `[B, N, D]`.
 
         Raises:
-            ValueError: an argument is out of range or two do not fit, or weights are not finite; nothing is drawn.
+            ValueError: an argument is out of range or two do not fit, or weights are not finite; nothing is drawn. Or,
+                while drawing, the callback returned something else than a dict of finite tokens.
         """
         settings = SamplingSettings(
             num_inference_steps=num_inference_steps,
@@ -214,21 +216,18 @@ class LinaPipeline(DiffusionPipeline):
             refresh_every=refresh_every,
         )
         settings = settings.faster() if fast else settings
-        size = self._check_size(height, width)
+        painting = read_painting(image, mask_image)
+        size = self._check_size(height, width, None if painting is None else tuple(painting[0].shape[2:]))
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        callback_inputs = list(callback_on_step_end_tensor_inputs)
-        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; valid are {self._callback_tensor_inputs}"
-            )
+        offers = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._check_weights()
         condition = self._check_condition("prompt", prompt, class_labels, prompt_embeds)
         copies = check_whole("num_images_per_prompt", num_images_per_prompt, 1, MOST_IMAGES)
         images = check_whole("prompts times num_images_per_prompt", len(condition) * copies, 1, MOST_IMAGES)
         negative = self._check_negative(negative_prompt, negative_prompt_embeds, len(condition))
-        generator = self._check_generator(generator, images)
+        generator = check_generator(generator, images)
         stride = self.vae_scale_factor * self.transformer.config.patch_size
-        canvas = prepare_canvas(image, mask_image, images, size, stride)
+        canvas = None if painting is None else prepare_canvas(*painting, images, size, stride)
         self._interrupt, self._guidance_scale = False, settings.guidance_scale
 
         condition, negative = self._embed_prompts(condition, negative if settings.guided else None)
@@ -253,10 +252,9 @@ class LinaPipeline(DiffusionPipeline):
             for step, drawn in enumerate(drawing):
                 done += plan.predictions[step]
                 if callback_on_step_end is not None:
-                    offered = {name: drawn for name in callback_inputs}
-                    returned = (callback_on_step_end(self, step, done, offered) or {}).get("tokens", drawn)
-                    if returned is not drawn:
-                        drawn.copy_(returned)
+                    returned = callback_on_step_end(self, step, done, dict.fromkeys(offers, drawn))
+                    if (changed := returned_tensor(returned, "tokens", drawn)) is not drawn:
+                        drawn.copy_(changed)
                 if return_steps:
                     # Pictures are made at the end: the autoencoder may have to wait for the transformer's place.
                     frames.append((drawn.clone(), plan.order[:, :done]))
@@ -271,28 +269,12 @@ class LinaPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return LinaPipelineOutput(result, steps) if return_dict else (result, steps)
 
-    def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _check_size(
+        self, height: int | None, width: int | None, image: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        own = tuple(size * self.vae_scale_factor for size in self.transformer.latent_size)
         multiple = 2 * self.vae_scale_factor * self.transformer.config.patch_size
-        sizes = []
-        for name, given, own in zip(("height", "width"), (height, width), self.transformer.latent_size, strict=True):
-            size = own * self.vae_scale_factor if given is None else given
-            if isinstance(size, bool) or not isinstance(size, int) or size < multiple or size % multiple:
-                raise ValueError(f"{name} is {size!r}; it must be a multiple of {multiple} pixels")
-            sizes.append(size)
-        if (count := 4 * (sizes[0] // multiple) * (sizes[1] // multiple)) > MOST_TOKENS:
-            raise ValueError(f"height and width are {sizes}; that makes {count} tokens, and at most {MOST_TOKENS} work")
-        return sizes[0], sizes[1]
-
-    @staticmethod
-    def _check_generator(generator: Any, images: int) -> Any:
-        several = isinstance(generator, Sequence)
-        if several and len(generator) != images:
-            raise ValueError(f"generator is a list of {len(generator)}; there are {images} images")
-        if generator is not None and not all(
-            isinstance(own, torch.Generator) for own in (generator if several else [generator])
-        ):
-            raise ValueError(f"generator is {generator!r}; it must be a torch.Generator, or one for each image")
-        return list(generator) if several else generator
+        return check_size((height, width), own, image, multiple)
 
     def _check_weights(self) -> None:
         for name, module in (("transformer", self.transformer), ("vae", self.vae), ("text_encoder", self.text_encoder)):

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 -m generation sample --prompts captions.txt --output pictures
 
 An output that ends in .png is one picture, of all images side by side; any other is a folder with a file for each
-image, and those that are there already are not drawn again. Every file holds the prompt, the seed, all settings (with
+image, named by the number of the prompt, its words and the seed. Those that are there already are not drawn again;
+one of another prompt or with other settings is an error. Every file holds the prompt, the seed, all settings (with
 --fast, the numbers that it leads to) and the suite's version in its metadata: the image with seed s is the same alone
 and among others.
 """
@@ -16,7 +17,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,13 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import kernels
+from generation.argument_checks import check_numbers
 from generation.atomic_files import prepare_output, write_atomically
 from generation.lina.shipped_models import load_pipeline, models_there
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import, which --help and errors need not wait for
+    import torch
+
     from generation.lina.sampling_settings import SamplingSettings
 
 SMALL_SIDE, SHOWN_SIDE = 128, 256  # pixels: smaller pictures are magnified about to the latter
@@ -56,18 +60,6 @@ class Job:
     prompt: str
     seed: int
     path: Path
-
-
-def check_numbers(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, limits: Mapping[str, tuple[float, float]] = LIMITS
-) -> None:
-    """End the program if an option, or one of a list, is not from its least to its greatest value."""
-    for name, (least, most) in limits.items():
-        given = getattr(options, name, None)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not (least <= value <= most and value < math.inf):
-                valid = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                parser.error(f"--{name.replace('_', '-')} is {value}; it must be {valid}")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -103,7 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--animation", type=Path, help=animation)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
-    check_numbers(parser, options)
+    check_numbers(parser, options, LIMITS)
     if options.output.suffix.lower() in OTHER_PICTURES:
         parser.error(f"--output is {options.output}; a picture must end in .png, anything else is a folder")
     if options.animation is not None and options.animation.suffix.lower() not in ANIMATIONS:
@@ -212,7 +204,7 @@ def is_drawn(job: Job, options: argparse.Namespace) -> bool:
     """Whether the picture of a job is there already, whole.
 
     Raises:
-        ValueError: it is, but of another model or with other settings.
+        ValueError: it is, but of another model or prompt, or with other settings.
     """
     if not job.path.exists():
         return False
@@ -222,12 +214,17 @@ def is_drawn(job: Job, options: argparse.Namespace) -> bool:
             noted = dict(picture.text)
     except OSError:
         return False  # damaged: drawn again
-    found = {"model": noted.get("model"), **json.loads(noted.get("settings", "{}"))}
-    wanted = {"model": options.model, **asdict(settings_of(options)), "negative": options.negative}
+    found = {"model": noted.get("model"), "prompt": noted.get("prompt"), **json.loads(noted.get("settings", "{}"))}
+    wanted = {
+        "model": options.model,
+        "prompt": job.prompt,
+        **asdict(settings_of(options)),
+        "negative": options.negative,
+    }
     wanted |= {name: size for name in ("height", "width") if (size := getattr(options, name)) is not None}
     if other := {name: found.get(name) for name, value in wanted.items() if found.get(name) != value}:
         raise ValueError(
-            f"--output holds {job.path.name}, drawn with {other}; choose another folder for these settings"
+            f"--output holds {job.path.name}, drawn with {other}; choose another folder, or remove the picture"
         )
     return True
 
@@ -245,14 +242,31 @@ def waiting_jobs(options: argparse.Namespace, jobs: Sequence[Job]) -> Sequence[J
     return waiting
 
 
-def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequence[Job]) -> None:
-    """Draw and save `jobs`."""
+def device_of(options: argparse.Namespace) -> "torch.device":
+    """What to draw on.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     import torch
 
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if options.device is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        torch.zeros(1, device=options.device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # as the kind of device has it
+        valid = ", ".join(["cpu", *gpus])
+        raise ValueError(f"--device is {options.device!r}; valid here are {valid}") from error
+    return torch.device(options.device)
+
+
+def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequence[Job]) -> None:
+    """Draw and save `jobs`; a `KeyboardInterrupt` says how many of them are finished."""
     from kernels.native import build_ahead
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cpu":
+    device = device_of(options)
+    if device.type == "cpu":
         build_ahead("native/probe.cpp", "linear_attention/native.cpp", "fused_layers/convolution.cpp")
     from diffusers.utils import logging as diffusers_logging
 
@@ -269,14 +283,20 @@ def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequenc
     pictures = []
     animated = all_jobs[0] if options.animation is not None else None
     drawing = draw(pipeline, jobs, options, settings, animated)
-    for job, picture in tqdm(drawing, total=len(jobs), unit="image"):
-        factor = magnification(picture, options)
-        noted["magnify"] = factor
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-        if is_picture(options.output):
-            pictures.append(picture)
-        else:
-            save(picture, job.path, {"prompt": job.prompt, "seed": job.seed, **metadata})
+    finished = 0
+    try:
+        with tqdm(drawing, total=len(jobs), unit="image") as progress:
+            for job, picture in progress:
+                factor = magnification(picture, options)
+                noted["magnify"] = factor
+                picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+                if is_picture(options.output):
+                    pictures.append(picture)
+                else:
+                    save(picture, job.path, {"prompt": job.prompt, "seed": job.seed, **metadata})
+                    finished += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{finished} picture{' is' if finished == 1 else 's are'} finished") from None
     if pictures:
         seeds = [job.seed for job in jobs]
         seed = seeds[0] if len(seeds) == 1 else seeds

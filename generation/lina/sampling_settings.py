@@ -1,54 +1,42 @@
-"""How an image is to be drawn: the numbers that users choose, checked, and the plan that follows from them."""
+"""How an image is to be drawn: what users choose, checked, and the plan that follows from it."""
 
-import math
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from generation.argument_checks import check_choice, check_real, check_whole
 from generation.lina.sampling import ORDERS, Plan, generation_order, guidance_ramp, predictions_per_step
 from generation.lina.token_denoiser import FlowSchedule
 
 SPACINGS = ("official", "trailing")
 MOST_STEPS = 10_000
+MOST_TOKENS = 65536  # of an image: 4096 x 4096 pixels of the published text-to-image models
 FAST_SHARE, FAST_DIFFUSION_STEPS, FAST_LEAST_GUIDED = 4, 8, 0.25
 
 
-def check_whole(name: str, value: Any, least: int, most: int) -> int:
-    """`value` as an `int`.
+def check_size(
+    given: tuple[int | None, int | None], own: tuple[int, int], image: tuple[int, int] | None, multiple: int
+) -> tuple[int, int]:
+    """Height and width to draw: as given, or else of the image that is drawn into, or else the model's own.
 
     Raises:
-        ValueError: it is no whole number from `least` to `most`.
+        ValueError: one is no positive multiple of `multiple`, or together they make more than `MOST_TOKENS` tokens.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
-    return int(value)
-
-
-def check_real(name: str, value: Any, most: float | None = None) -> float:
-    """`value` as a `float`.
-
-    Raises:
-        ValueError: it is no finite number from 0, to `most` if that is given.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number, at least 0")
-    if most is not None and value > most:
-        raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {most}")
-    return float(value)
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value`.
-
-    Raises:
-        ValueError: it is none of `choices`.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; valid are {', '.join(map(repr, choices))}")
-    return value
+    height, width = (own if size is None else size for size, own in zip(given, image or own, strict=True))
+    for name, size, asked in zip(("height", "width"), (height, width), given, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or size < multiple or size % multiple:
+            valid = f"it must be a multiple of {multiple} pixels"
+            if asked is None:
+                below = size // multiple * multiple
+                near = " or ".join(str(near) for near in (below, below + multiple) if near)
+                raise ValueError(f"{name} is {size}, taken from image; {valid}, such as {near}")
+            raise ValueError(f"{name} is {size!r}; {valid}")
+    if (count := 4 * (height // multiple) * (width // multiple)) > MOST_TOKENS:
+        raise ValueError(
+            f"height and width are {[height, width]}; that makes {count} tokens, and at most {MOST_TOKENS} work"
+        )
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,11 @@ class SamplingSettings:
                 check_real(name, value, 1)
             elif name.endswith("guidance_scale"):
                 check_real(name, value)
+        least = self.min_guidance_scale
+        if least is not None and least > self.guidance_scale:
+            raise ValueError(
+                f"min_guidance_scale is {least}; it must be a number from 0 to guidance_scale, {self.guidance_scale}"
+            )
         check_choice("spacing", self.spacing, SPACINGS)
         check_choice("order", self.order, ORDERS)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from generation.lina.weights import not_finite
+from generation.loaded_weights import not_finite
 
 logger = logging.getLogger(__name__)
 

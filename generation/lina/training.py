@@ -1,9 +1,6 @@
 """Training of LINA: `LinaTraining` holds the loss, the optimiser and the moving average of the weights."""
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from generation.atomic_files import write_folder_atomically
 from generation.lina.autoencoder import TinyAutoencoder
 from generation.lina.embeddings import patchify
 from generation.lina.packaged_text_encoder import PackagedTextEncoder
@@ -24,6 +22,7 @@ from generation.lina.shipped_models import SHIPPED, folder_of
 from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.token_denoiser import FlowSchedule
 from generation.lina.transformer import LinaTransformer
+from generation.numbered_batches import generator_of_batch
 
 
 class LinaTraining(pl.LightningModule):
@@ -91,7 +90,7 @@ class LinaTraining(pl.LightningModule):
         )
         self.autoencoder.requires_grad_(False).eval()
         self.schedule = FlowSchedule(shift)
-        self.seed = torch.initial_seed() % 2**31 * 2**20
+        self.seed = torch.initial_seed() % 2**31
         self.average = EMAModel(self._trained(), decay=ema_decay)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -148,10 +147,7 @@ class LinaTraining(pl.LightningModule):
         return self.transformer(tokens, condition, draw, self.schedule)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        # Noise depends on seed, batch and process alone, so that a resumed run draws what it would have drawn.
-        accumulated = self.trainer.accumulate_grad_batches
-        batch_number = self.global_step * accumulated + batch_index % accumulated
-        generator = torch.Generator(self.device).manual_seed((self.seed + batch_number) * 4096 + self.global_rank)
+        generator = generator_of_batch(self, self.seed, batch_index)
         loss = self.loss(batch, self.hparams.prompt_dropout, generator)
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate")
@@ -182,11 +178,8 @@ class LinaTraining(pl.LightningModule):
         if self.trainer.checkpoint_callback is None:
             return
         folder = Path(self.trainer.default_root_dir) / "pipeline"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.averaged(), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            self.pipeline().save_pretrained(Path(scratch) / "pipeline")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(scratch) / "pipeline", folder)
+        with self.averaged():
+            write_folder_atomically(folder, self.pipeline().save_pretrained)
         print(f"trained model: {folder}\ndraw with it:  python -m generation sample PROMPT --model {folder}")
 
     def configure_gradient_clipping(

@@ -64,6 +64,29 @@ def test_hidden_pixels_become_their_nearest_visible_ones():
     assert not Canvas(pictures, torch.ones_like(mask), mask).without_the_hidden().any()
 
 
+@pytest.mark.parametrize("given", [{}, {"height": 32}, {"width": 48}], ids=str)
+@pytest.mark.parametrize("kind", ["pil", "list", "array", "tensor"])
+def test_the_size_is_that_of_the_image(pipeline, kind, given):
+    canvas, mask = outpainting_canvas(Image.new("RGB", (32, 32), (10, 200, 30)), left=16)
+    arrays = np.asarray(canvas)[None] / np.float32(255), np.asarray(mask)[None, ..., None] / np.float32(255)
+    image, mask_image = {
+        "pil": (canvas, mask),
+        "list": ((canvas,), [mask]),
+        "array": arrays,
+        "tensor": tuple(torch.from_numpy(array).permute(0, 3, 1, 2) for array in arrays),
+    }[kind]
+    drawn = draw(pipeline, "red", image=image, mask_image=mask_image, **given)
+    assert drawn.shape == (1, 3, 32, 48)
+    assert_close(drawn[0, :, 0, -1], torch.tensor((10, 200, 30)) / 255)
+
+
+def test_a_white_mask_draws_everything(pipeline):
+    white = Image.new("L", (32, 32), 255)
+    drawn = [draw(pipeline, "red", image=Image.new("RGB", (32, 32), c), mask_image=white) for c in ("red", "blue")]
+    assert torch.equal(*drawn)
+    assert_close(drawn[0], draw(pipeline, "red"))
+
+
 def test_outpainting(pipeline):
     picture = Image.new("RGB", (32, 24), (10, 200, 30))
     canvas, mask = outpainting_canvas(picture, left=16, bottom=8)

@@ -1,6 +1,8 @@
 """LINA's pipeline on a tiny model: seeds and batches, guidance, painting, callbacks, saving, and what it refuses."""
 
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from generation.lina.autoencoder import TinyAutoencoder
-from generation.lina.painting import save_animation
+from generation.lina.painting import outpainting_canvas, save_animation
 from generation.lina.pipeline import LinaPipeline
 from generation.lina.text_encoder import WordTextEncoder
 from tests.generation.small_pipelines import STEPS, draw, make, seeds
@@ -180,10 +182,36 @@ def test_callbacks_change_tokens_and_interrupt(pipeline):
     assert len(output.steps[0]) == 2
     assert draw(pipeline, "red", output_type="latent").all()
     names = []
+    assert draw(pipeline, "red", callback_on_step_end=lambda *a: a[3]).isfinite().all()
     draw(
         pipeline, "red", callback_on_step_end_tensor_inputs=[], callback_on_step_end=lambda *a: names.append(list(a[3]))
     )
     assert names == [[]] * 5
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (5, "returned 5; it must be None or a dict"),
+        (lambda tokens: tokens, "it must be None or a dict with no key but 'tokens'"),
+        (lambda tokens: {"latents": tokens}, "with no key but 'tokens'"),
+        (
+            lambda tokens: {"tokens": tokens[:, :1]},
+            r"tokens of shape \(1, 1, 24\), torch.float32; .*shape \(1, 16, 24\)",
+        ),
+        (lambda tokens: {"tokens": tokens.long()}, "torch.int64; they must be finite floating-point numbers"),
+        (lambda tokens: {"tokens": tokens.fill_(float("nan"))}, "they must be finite"),
+        (lambda tokens: {"tokens": tokens.tolist()}, "returned tokens as a list; they must be"),
+        (lambda tokens: {"tokens": None}, "returned tokens as a NoneType"),
+    ],
+    ids=["number", "tensor", "other key", "shape", "dtype", "NaN in place", "list", "None"],
+)
+def test_what_a_callback_returns_is_checked(pipeline, returned, words):
+    def callback(pipe, step, known, tensors):
+        return returned(tensors["tokens"]) if callable(returned) else returned
+
+    with pytest.raises(ValueError, match=f"callback_on_step_end {words}|callback_on_step_end returned .*{words}"):
+        draw(pipeline, "red", callback_on_step_end=callback)
 
 
 def test_progress_bar(pipeline, capsys):
@@ -303,14 +331,39 @@ REFUSED = {
     "output": ({"prompt": "red", "output_type": "jpg"}, "output_type is 'jpg'; valid are 'pil'"),
     "generators": ({"prompt": ["red", "blue"], "generator": seeds(0)}, "generator is a list of 1; there are 2 images"),
     "no generator": ({"prompt": "red", "generator": 5}, "generator is 5; it must be a torch.Generator"),
-    "tensor inputs": ({"prompt": "red", "callback_on_step_end_tensor_inputs": ["latents"]}, "valid are .*tokens"),
+    "falling guidance": (
+        {"prompt": "red", "guidance_scale": 3.0, "min_guidance_scale": 4.0},
+        "min_guidance_scale is 4.0; it must be a number from 0 to guidance_scale, 3.0",
+    ),
+    "callback": (
+        {"prompt": "red", "callback_on_step_end": 5},
+        "callback_on_step_end is 5; it must be callable, or None",
+    ),
+    **{
+        f"tensor inputs {value}": (
+            {"prompt": "red", "callback_on_step_end_tensor_inputs": value},
+            f"callback_on_step_end_tensor_inputs is {re.escape(repr(value))}; valid are .*tokens",
+        )
+        for value in (["latents"], "tokens", None, 3)
+    },
     "image alone": ({"prompt": "red", "image": PICTURE}, "mask_image is None; image and mask_image belong together"),
     "mask alone": ({"prompt": "red", "mask_image": MASK}, "image is None"),
     "other image size": (
-        {"prompt": "red", "image": PICTURE.resize((16, 32)), "mask_image": MASK},
-        r"of \(32, 16\) pixels",
+        {"prompt": "red", "image": PICTURE.resize((16, 32)), "mask_image": MASK, "height": 32, "width": 32},
+        r"image has 1 pictures of 32 x 16 pixels \(height x width\); needed is one, or one for each of 1, of 32 x 32",
     ),
-    "other mask size": ({"prompt": "red", "image": PICTURE, "mask_image": MASK.resize((8, 8))}, "mask_image has 1"),
+    "odd image": (
+        {"prompt": "red", "image": PICTURE.resize((32, 40)), "mask_image": MASK.resize((32, 40))},
+        "height is 40, taken from image; it must be a multiple of 16 pixels, such as 32 or 48",
+    ),
+    "tiny image": (
+        {"prompt": "red", "image": np.zeros((32, 8, 3)), "mask_image": np.ones((32, 8))},
+        "width is 8, taken from image; it must be a multiple of 16 pixels, such as 16",
+    ),
+    "other mask size": (
+        {"prompt": "red", "image": PICTURE, "mask_image": MASK.resize((8, 8))},
+        "mask_image has 1 .* of 8 x 8 pix",
+    ),
     "three images": ({"prompt": "red", "image": [PICTURE] * 3, "mask_image": MASK}, "image has 3 pictures"),
     "bytes": (
         {"prompt": "red", "image": np.full((32, 32, 3), 200, np.uint8), "mask_image": MASK},
@@ -318,8 +371,38 @@ REFUSED = {
     ),
     "black mask": (
         {"prompt": "red", "image": PICTURE, "mask_image": Image.new("L", (32, 32))},
-        r"asks for \[0\] tokens",
+        "mask_image is black in 1 of 1 masks; white says where to draw",
     ),
+    "a black mask": (
+        {"prompt": ["a", "b"], "image": PICTURE, "mask_image": [MASK, Image.new("L", (32, 32))]},
+        "mask_image is black in 1 of 2 masks",
+    ),
+    "unequal masks": (
+        {
+            "prompt": ["a", "b"],
+            "image": PICTURE,
+            "mask_image": [MASK, outpainting_canvas(PICTURE.crop((0, 0, 16, 32)), 16)[1]],
+        },
+        r"mask_image asks for \[16, 8\] tokens of its pictures; the numbers must be equal",
+    ),
+    "NaN in mask": (
+        {"prompt": "red", "image": PICTURE, "mask_image": np.full((32, 32), np.nan)},
+        "mask_image holds numbers that are not finite",
+    ),
+    **{
+        f"{name}={value!r}": (
+            {"prompt": "red", "image": PICTURE, "mask_image": MASK, name: value},
+            f"{name} is {re.escape(repr(value))}; it must be a PIL image, an array or a tensor, or .* of one of these",
+        )
+        for name in ("image", "mask_image")
+        for value in ("cat.png", Path("cat.png"), 3, [], ["cat.png"])
+    },
+    "kinds": ({"prompt": "red", "image": [PICTURE, np.zeros((32, 32, 3))], "mask_image": MASK}, r"image is \["),
+    "sizes": (
+        {"prompt": ["a", "b"], "image": [PICTURE, PICTURE.resize((16, 16))], "mask_image": MASK},
+        "image cannot be read as pictures of one size: ",
+    ),
+    "flat tensor": ({"prompt": "red", "image": torch.zeros(32, 32), "mask_image": MASK}, "image cannot be read as"),
 }
 
 

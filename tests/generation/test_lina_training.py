@@ -314,8 +314,17 @@ def test_command_line_trains_and_resumes(autoencoder, tmp_path, monkeypatch):
     main(["fit", "--config", "small.yaml", "--ckpt_path", "last", "--trainer.max_steps", "4"])
     resumed = torch.load(tmp_path / "runs/small/1/checkpoints/last.ckpt", weights_only=True)
     assert resumed["global_step"] == 4
-    with pytest.raises(ValueError, match=r"no run in .* has a checkpoint"):
-        main(["fit", "--config", "small.yaml", "--experiment", "other", "--ckpt_path", "last"])
+    for path, message in (
+        ("last", "error: ckpt_path is 'last', but no run in runs/other has a checkpoint"),
+        (
+            "missing.ckpt",
+            "error: ckpt_path is 'missing.ckpt'; there is no such file; valid are a checkpoint and 'last'",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", "small.yaml", "--experiment", "other", "--ckpt_path", path])
+        assert stop.value.code == message
+    assert not Path("runs/other").exists()
 
 
 def test_ablation_skips_what_is_done(autoencoder, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from generation.lina.picture_statistics import EfficientNetFeatures, PictureStatistics, frechet_distance
+from generation.picture_statistics import EfficientNetFeatures, PictureStatistics, frechet_distance
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import kernels
-from generation.__main__ import main
+from generation import __main__ as command_line
+from generation.__main__ import HOME_OF, main
 from generation.lina import sample
 from generation.lina.autoencoder import TinyAutoencoder
 from generation.lina.pipeline import MOST_IMAGES, LinaPipeline
@@ -101,15 +104,49 @@ def said(capsys, *arguments: str) -> str:
 
 
 def test_only_models_with_an_index_are_offered(tmp_path, monkeypatch, capsys):
+    from generation import model_folders
     from generation.lina import shipped_models
 
-    monkeypatch.setattr(shipped_models, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(model_folders, "CHECKPOINTS", tmp_path)
     for folder in SHIPPED.values():
         (tmp_path / folder).mkdir()
     (tmp_path / SHIPPED["shapes"] / "model_index.json").write_text("{}")
     assert "--model MODEL shapes, or the folder of a model" in said(capsys, "--help")
-    with pytest.raises(ValueError, match="model is 'openmoji'; expected shapes, or a folder with"):
+    with pytest.raises(ValueError, match="model is 'openmoji'; expected shapes or a folder with"):
         shipped_models.load_pipeline("openmoji")
+
+
+def test_a_run_folder_stands_for_its_pipeline(model, tmp_path, monkeypatch, capsys):
+    run_folder = tmp_path / "runs/shapes/0"
+    run_folder.mkdir(parents=True)
+    message = said(capsys, "red", "--output", str(tmp_path / "out.png"), "--model", str(run_folder))
+    assert f"model is '{run_folder}'; expected shapes" in message
+    assert (
+        f"neither {run_folder / 'model_index.json'} nor {run_folder / 'pipeline/model_index.json'} is there" in message
+    )
+    shutil.copytree(model, run_folder / "pipeline")
+    run(str(run_folder), "red", "--output", str(tmp_path / "out.png"))
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.text["model"] == str(run_folder)
+
+
+@pytest.mark.parametrize("command", HOME_OF)
+@pytest.mark.parametrize("way", ["plain", "by Lightning"])
+def test_an_interrupted_command_says_so_in_one_line(command, way, monkeypatch, capsys):
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if way == "plain":
+                raise
+            sys.exit(1)
+
+    monkeypatch.setattr(command_line, "OPTIONS_OF", {})
+    monkeypatch.setattr(command_line, "import_module", lambda _: SimpleNamespace(main=interrupted))
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "evaluate-openmoji"])
@@ -154,8 +191,10 @@ def test_many_prompts_and_what_is_there_already(model, prompts, tmp_path, monkey
         saved.append(save(*given))
 
     monkeypatch.setattr(sample, "save", save_three)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         run(model, *arguments)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; 3 pictures are finished"
     assert len(files(folder)) == 3  # nothing half-written beside them
     times = {name: os.stat(folder / name).st_mtime_ns for name in files(folder)}
     monkeypatch.setattr(sample, "save", save)
@@ -178,6 +217,28 @@ def test_pictures_of_other_settings_are_not_taken_for_these(model, prompts, tmp_
     with pytest.raises(SystemExit) as stop:
         run(model, *arguments, *other)
     assert "00000-a-red-circle-0.png, drawn with" in str(stop.value.code)
+
+
+def test_a_picture_of_another_prompt_with_the_same_name_is_not_taken(model, prompts, tmp_path):
+    arguments = ["--prompts", str(prompts), "--output", str(tmp_path / "pictures")]
+    run(model, *arguments)
+    prompts.write_text("a red, circle!")
+    with pytest.raises(SystemExit) as stop:
+        run(model, *arguments)
+    assert "00000-a-red-circle-0.png, drawn with {'prompt': 'a red circle'}" in str(stop.value.code)
+
+
+def test_reordered_prompts_are_drawn_under_their_new_numbers(model, prompts, tmp_path, capsys):
+    arguments = ["--prompts", str(prompts), "--output", str(tmp_path / "pictures")]
+    run(model, *arguments)
+    lines = ["a green triangle", "a red circle", "a/../b?"]
+    prompts.write_text("\n".join(lines))
+    capsys.readouterr()
+    run(model, *arguments)
+    assert "1 of 3 pictures are there already" in capsys.readouterr().out
+    for name, line in zip(("00000-a-green-triangle-0", "00001-a-red-circle-0", "00002-a-b-0"), lines, strict=True):
+        with Image.open(tmp_path / f"pictures/{name}.png") as picture:
+            assert picture.text["prompt"] == line
 
 
 def test_damaged_pictures_are_drawn_again(model, prompts, tmp_path, capsys):
@@ -274,6 +335,10 @@ def test_an_output_that_cannot_be_written_is_said_before_loading(make, output, t
         (["red", "--output", "out.TIFF"], "must end in .png"),
         (["red", "--output", "out.png", "--animation", "steps.mp4"], "it must end in .gif or .webp"),
         (["red", "--output", "out.png", "--steps", "1000000"], "--steps is 1000000"),
+        (["red", "--output", "out.png", "--device", "gpu"], "error: --device is 'gpu'; valid here are cpu"),
+        (["red", "--output", "out.png", "--device", ""], "error: --device is ''; valid here are cpu"),
+        (["red", "--output", "out.png", "--device", "meta"], "error: --device is 'meta'; valid here are cpu"),
+        (["red", "--output", "out.png", "--device", "cuda:99"], "error: --device is 'cuda:99'; valid here are cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

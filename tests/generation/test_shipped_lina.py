@@ -8,7 +8,8 @@ import torch
 
 from generation.lina.captioned_shapes import held_out_prompts
 from generation.lina.shape_scores import score
-from generation.lina.shipped_models import CHECKPOINTS, SHIPPED, load_pipeline
+from generation.lina.shipped_models import SHIPPED, load_pipeline
+from generation.model_folders import CHECKPOINTS
 
 PRESENT = [name for name, folder in SHIPPED.items() if (CHECKPOINTS / folder / "model_index.json").is_file()]
 DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "lina.md").read_text()

@@ -31,6 +31,7 @@ DOT_KERNELS = {
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 LINEAR_DIMS = (32, 64, 96)  # of a head: LINA trained on one CPU, and as it was published
+OTHER_KERNELS = {"carry_states_kernel", "spiking_forward_kernel", "spiking_backward_kernel"}
 SCAN_TOKENS = 196
 SCAN_DIMS = ((32, 64), (16, 32))  # key and value, of ViG and of ViG-H
 SOFTMAX = {"activation": "softmax"}
@@ -88,6 +89,21 @@ def launch_linear_attentions() -> None:
         linear.backward(grad, state, sums, query, key, value, *gates, settings)
 
 
+def launch_spiking_neurons() -> None:
+    """Spiking neurons, forward and backward, with every leak, reset and surrogate, with and without states."""
+    from kernels.spiking_neuron import triton as neuron
+    from kernels.spiking_neuron.arguments import RESETS, SURROGATES, Settings
+
+    leaks = ((None, True), (2.0, True), (2.0, False))
+    for dtype, (tau, decay_input), reset in itertools.product(DTYPES, leaks, RESETS):
+        current, grad = (torch.empty(4, 8, 64, 16, 16, dtype=dtype) for _ in range(2))
+        state = torch.empty(8, 64, 16, 16) if reset == "hard" else None
+        for surrogate in SURROGATES:
+            settings = Settings(1.0, tau, decay_input, reset, 0.0, surrogate, 2.0, False)
+            neuron.backward(grad, state, current, state, settings)
+        neuron.forward(current, state, settings, state is not None)
+
+
 def compile_launches(target_name: str) -> list[dict]:
     """What the compilers say of every launch of all operations on the target."""
     import triton
@@ -118,6 +134,7 @@ def compile_launches(target_name: str) -> list[dict]:
     launch_scans()
     launch_retentions()
     launch_linear_attentions()
+    launch_spiking_neurons()
     return reports
 
 
@@ -161,7 +178,7 @@ def reports(target_name: str) -> list[dict]:
 @pytest.mark.parametrize("target_name", SHARED_MEMORY)
 def test_kernels_fit_the_device(target_name):
     compiled = reports(target_name)
-    assert {report["kernel"] for report in compiled} == {*DOT_KERNELS, "carry_states_kernel"}
+    assert {report["kernel"] for report in compiled} == DOT_KERNELS | OTHER_KERNELS
     spilling = [(report["label"], report["spilled"]) for report in compiled if report["spilled"]]
     assert not spilling
     too_large = [report["label"] for report in compiled if report["shared"] > SHARED_MEMORY[target_name]]

@@ -1,0 +1,142 @@
+"""What the spiking U-Net is made of. Activations are `[T B, C, H, W]`, time steps first.
+
+Residual blocks are pre-spike: the neuron comes before the convolution, and the residual stream, its concatenations and
+the 1 x 1 shortcuts carry real values.
+
+Sources: SDDPM, arXiv 2306.17046; Spiking Diffusion Models, arXiv 2408.16467 (temporal-wise scales, eq. 16), and their
+published code.
+"""
+
+import math
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.spiking_neuron import spiking_neuron
+
+ACTIVATIONS = ("if", "lif", "silu")
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises `ValueError` unless a neuron can have this threshold."""
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not (number and math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold is {threshold!r}; it must be a finite number above 0")
+
+
+class Activation(nn.Module):
+    """Spiking neurons, or SiLU in the artificial twin of a spiking network.
+
+    The membranes start anew with every call: nothing is carried from one batch to the next.
+
+    Args:
+        kind: "if" (integrate and fire), "lif" (leaky) or "silu".
+        options: further arguments of `kernels.spiking_neuron`.
+    """
+
+    def __init__(self, kind: str, threshold: float = 1.0, **options):
+        super().__init__()
+        self.kind, self.threshold, self.options = kind, threshold, options
+
+    @property
+    def spiking(self) -> bool:
+        return self.kind != "silu"
+
+    def forward(self, x: Tensor, steps: int) -> Tensor:
+        """`[T B, ...]` currents to spikes, 0 or 1."""
+        if not self.spiking:
+            return F.silu(x)
+        return spiking_neuron(x.unflatten(0, (steps, -1)), threshold=self.threshold, **self.options).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, threshold={self.threshold}"
+
+
+class SpikingConv2d(nn.Conv2d):
+    """A convolution of every time step, optionally with a scale of each step (temporal-wise spiking mechanism).
+
+    Args:
+        arguments: of `nn.Conv2d`.
+        scaled_steps: T, the number of learned scales, which begin as ones; 0 for none. They scale the bias too.
+    """
+
+    def __init__(self, *arguments, scaled_steps: int = 0, **options):
+        super().__init__(*arguments, **options)
+        self.step_scale = nn.Parameter(torch.ones(scaled_steps)) if scaled_steps else None
+
+    def forward(self, x: Tensor, steps: int) -> Tensor:
+        return self.scale(super().forward(x), steps)
+
+    def scale(self, y: Tensor, steps: int) -> Tensor:
+        if self.step_scale is None:
+            return y
+        return (y.unflatten(0, (steps, -1)) * self.step_scale[:steps, None, None, None, None]).flatten(0, 1)
+
+
+class ResidualBlock(nn.Module):
+    """Neuron, 3 x 3 convolution, norm; the time embedding is added; the same again; and the shortcut."""
+
+    def __init__(self, channels: int, out_channels: int, time_channels: int, activation, convolution):
+        super().__init__()
+        self.neuron1 = activation()
+        self.conv1 = convolution(channels, out_channels, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.time_projection = nn.Linear(time_channels, out_channels)
+        self.neuron2 = activation()
+        self.conv2 = convolution(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = convolution(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
+        """`[T B, channels, H, W]`, `[B, time_channels]` -> `[T B, out_channels, H, W]`."""
+        y = self.norm1(self.conv1(self.neuron1(x, steps), steps))
+        y = y + self.time_projection(F.silu(embedding)).repeat(steps, 1)[:, :, None, None]
+        y = self.norm2(self.conv2(self.neuron2(y, steps), steps))
+        return y + (x if self.shortcut is None else self.shortcut(x, steps))
+
+
+class Downsample(nn.Module):
+    """Neuron, 3 x 3 convolution of stride 2, norm."""
+
+    def __init__(self, channels: int, activation, convolution):
+        super().__init__()
+        self.neuron = activation()
+        self.conv = convolution(channels, channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
+        return self.norm(self.conv(self.neuron(x, steps), steps))
+
+
+class Upsample(nn.Module):
+    """Neuron, nearest neighbours to twice the size, 3 x 3 convolution, norm."""
+
+    def __init__(self, channels: int, activation, convolution):
+        super().__init__()
+        self.neuron = activation()
+        self.conv = convolution(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
+        return self.norm(self.conv(F.interpolate(self.neuron(x, steps), scale_factor=2.0), steps))
+
+
+class TimeEmbedding(nn.Module):
+    """Rows of a fixed sinusoidal table, through two linear layers.
+
+    The table is a frozen parameter, since it is one in published checkpoints and counts.
+    """
+
+    def __init__(self, timesteps: int, channels: int, out_channels: int):
+        super().__init__()
+        frequency = torch.exp(-torch.arange(0, channels, 2) / channels * math.log(10_000))
+        angle = torch.arange(timesteps).float()[:, None] * frequency
+        self.table = nn.Parameter(torch.stack([angle.sin(), angle.cos()], -1).flatten(1), requires_grad=False)
+        self.linear1 = nn.Linear(channels, out_channels)
+        self.linear2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """`[B]` integers -> `[B, out_channels]`."""
+        return self.linear2(F.silu(self.linear1(self.table[timestep])))

@@ -1,0 +1,151 @@
+"""Checkpoints of the authors' SDDPM and SDM (`net_model` of a .pt file, or a state dict), by the shapes in them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from generation.spiking_diffusion.unet import SpikingUNet2DModel
+
+RENAMED = (
+    (r"^module\.", ""),
+    (r"^time_embedding\.timembedding\.0\.weight$", "time_embedding.table"),
+    (r"^time_embedding\.timembedding\.1\.", "time_embedding.linear1."),
+    (r"^time_embedding\.timembedding\.3\.", "time_embedding.linear2."),
+    (r"^conv\.", "stem_conv."),
+    (r"^bn\.", "stem_norm."),
+    (r"^conv_identity\.", "entry_conv."),
+    (r"^bn_identity\.", "entry_norm."),
+    (r"^(down|up)blocks\.", r"\1_blocks."),
+    (r"^middleblocks\.", "mid_blocks."),
+    (r"^tail_bn\.", "out_norm."),
+    (r"^tail_conv\.", "out_conv."),
+    (r"^T_output_layer\.", "out_step_conv."),
+    (r"^last_bn\.", "out_step_norm."),
+    (r"\.bn([12]?)\.", r".norm\1."),
+    (r"\.temb_proj\.1\.", ".time_projection."),
+    (r"\.tsmconv\.", "."),
+    (r"\.tsmp$", ".step_scale"),
+)
+NEEDED = ("stem_conv.weight", "time_embedding.table", "out_conv.weight", "down_blocks.0.conv1.weight")
+
+
+def read(
+    checkpoint: str | Path | Mapping, preferred: tuple[str, ...] = ("net_model", "ema_model")
+) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without the prefix of `DataParallel`.
+
+    Args:
+        checkpoint: a .pt file, read with `weights_only=True`, a .safetensors file, or what is in one.
+        preferred: of the state dicts in it, in this order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(checkpoint, Mapping):
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise ValueError(f"checkpoint is {str(path)!r}; there is no such file")
+        try:
+            tensors = path.suffix == ".safetensors"
+            checkpoint = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read as tensors: {error}") from error
+        if not isinstance(checkpoint, Mapping):
+            raise ValueError(f"checkpoint {str(path)!r} holds a {type(checkpoint).__name__}; a dict is needed")
+    state = next((checkpoint[name] for name in preferred if name in checkpoint), checkpoint)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint holds no state dict: expected tensors by name, or one of {', '.join(preferred)}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names to those of `SpikingUNet2DModel`, and shapes where they differ."""
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".step_scale"):
+            value = value.flatten()
+        elif name == "out_step_conv.weight":
+            value = value.squeeze(-1)  # 3 x 3 x 1: a convolution of each time step
+        renamed[name] = value
+    return renamed
+
+
+def configuration(state: Mapping[str, Tensor], snn_timesteps: int = 4) -> dict:
+    """Arguments of `SpikingUNet2DModel`, from the shapes in a renamed state dict.
+
+    Args:
+        snn_timesteps: T of a checkpoint without temporal-wise scales, in which it leaves no trace.
+    """
+    blocks = {}
+    for name, value in state.items():
+        if match := re.fullmatch(r"down_blocks\.(\d+)\.conv1?\.weight", name):
+            blocks[int(match[1])] = (name.endswith(".conv.weight"), value.shape[0])
+    channels, in_channels = state["stem_conv.weight"].shape[:2]
+    widths, layers = [[]], 0
+    for _, (downsample, width) in sorted(blocks.items()):
+        if downsample:
+            widths.append([])
+        else:
+            widths[-1].append(width)
+    layers = len(widths[0])
+    scale = state.get("stem_conv.step_scale")
+    return {
+        "in_channels": in_channels,
+        "out_channels": state["out_conv.weight"].shape[0],
+        "channels": channels,
+        "channel_multipliers": tuple(level[0] // channels for level in widths),
+        "layers_per_block": layers,
+        "snn_timesteps": snn_timesteps if scale is None else len(scale),
+        "tsm": scale is not None,
+        "official": True,
+        "num_train_timesteps": len(state["time_embedding.table"]),
+    }
+
+
+def load(
+    checkpoint: str | Path | Mapping, *, snn_timesteps: int | None = None, tsm: bool = False
+) -> "SpikingUNet2DModel":
+    """Load a checkpoint of SDDPM or SDM.
+
+    Args:
+        checkpoint: a file, what is in one, or a state dict.
+        snn_timesteps: T; 4 if None, or that of the checkpoint's temporal-wise scales.
+        tsm: give the model temporal-wise scales, all 1 where the checkpoint has none: the second stage of SDM's
+            training begins so.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: it is no such checkpoint, or has scales of another number of steps.
+    """
+    from generation.spiking_diffusion.unet import SpikingUNet2DModel
+
+    state = rename(read(checkpoint))
+    if missing := [name for name in NEEDED if name not in state]:
+        raise ValueError(f"checkpoint is not one of SDDPM or SDM: it has no {', '.join(missing)}")
+    if snn_timesteps is not None and (not isinstance(snn_timesteps, int) or snn_timesteps < 1):
+        raise ValueError(f"snn_timesteps is {snn_timesteps!r}; it must be a whole number of at least 1")
+    settings = configuration(state, snn_timesteps or 4)
+    if settings["tsm"] and snn_timesteps not in (None, settings["snn_timesteps"]):
+        raise ValueError(f"snn_timesteps is {snn_timesteps}; the checkpoint has {settings['snn_timesteps']} scales")
+    model = SpikingUNet2DModel(**settings | {"tsm": tsm or settings["tsm"]})
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if name in shapes and tuple(value.shape) != shapes[name]:
+            raise ValueError(f"checkpoint does not fit: {name} is {tuple(value.shape)}; others ask for {shapes[name]}")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith(".step_scale") or settings["tsm"]]
+    if missing or unexpected:
+        raise ValueError(f"checkpoint does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    return model.eval()

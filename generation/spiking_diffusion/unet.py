@@ -1,0 +1,320 @@
+"""The spiking U-Net of SDDPM and SDM: predicts the noise in an image by neurons that spike for T time steps.
+
+The image drives the first layer as a constant current in every step. What the last layer says in the steps is summed
+with weights `readout_decay ** (T - 1 - t)`, as the membrane of a leaky neuron that never fires; the weights are
+normalised to 1, unless the model is the official one.
+
+Sources: SDDPM, arXiv 2306.17046; Spiking Diffusion Models, arXiv 2408.16467, and their published code, whose
+`Spk_UNet` and `Spk_UNet_TSM` are `official=True` without and with `tsm=True`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from generation.spiking_diffusion.blocks import (
+    ACTIVATIONS,
+    Activation,
+    Downsample,
+    ResidualBlock,
+    SpikingConv2d,
+    TimeEmbedding,
+    Upsample,
+    check_threshold,
+)
+
+TAIL_GAIN = 1e-5  # of the last convolution's first weights: the untrained model predicts almost nothing
+
+
+class SpikingUNet2DModel(ModelMixin, ConfigMixin):
+    """Noise prediction, in the form that diffusers' pipelines call.
+
+    Args:
+        sample_size: side of the images that pipelines draw; the model takes any that its levels divide.
+        in_channels: of the images.
+        out_channels: of the prediction; `in_channels` if None.
+        channels: of the first layer; the time embedding has four times as many.
+        channel_multipliers: of each level, from the finest.
+        layers_per_block: residual blocks of a level.
+        snn_timesteps: T, the time steps in which neurons spike.
+        tsm: learn a scale of each time step in each convolution (temporal-wise spiking mechanism).
+        neuron: "if", "lif", or "silu" for the artificial twin of the network (`snn_timesteps` is 1).
+        threshold: at which neurons fire, above 0.
+        tau: time constant of "lif", in time steps.
+        reset_value: of the membrane after a spike; None subtracts the threshold instead (soft reset).
+        detach_reset: no gradient through the reset.
+        surrogate: "atan", "sigmoid" or "rectangular", in place of the derivative of a spike.
+        alpha: sharpness of the surrogate.
+        readout_decay: of the weights of the output's time steps.
+        official: the read-out of the authors' code: real-valued layers for every time step, weights that do not sum
+            to 1.
+        num_train_timesteps: of the diffusion, rows of the embedding table.
+        num_class_embeds: classes of a class-conditional model. A further row, used without labels, is for any.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channels: int = 128,
+        channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
+        layers_per_block: int = 2,
+        snn_timesteps: int = 4,
+        tsm: bool = False,
+        neuron: str = "if",
+        threshold: float = 1.0,
+        tau: float = 2.0,
+        reset_value: float | None = 0.0,
+        detach_reset: bool = False,
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        readout_decay: float = 0.8,
+        official: bool = False,
+        num_train_timesteps: int = 1000,
+        num_class_embeds: int | None = None,
+    ):
+        super().__init__()
+        self._check_arguments()
+        self.steps = snn_timesteps
+        soft = reset_value is None
+        options = {"tau": tau if neuron == "lif" else None, "detach_reset": detach_reset, "surrogate": surrogate}
+        options |= {"alpha": alpha, "reset": "soft" if soft else "hard", "reset_value": 0.0 if soft else reset_value}
+        activation = partial(Activation, neuron, threshold, **options)
+        convolution = partial(SpikingConv2d, scaled_steps=snn_timesteps if tsm else 0)
+        time_channels, out_channels = 4 * channels, out_channels or in_channels
+
+        self.time_embedding = TimeEmbedding(num_train_timesteps, channels, time_channels)
+        self.class_embedding = nn.Embedding(num_class_embeds + 1, time_channels) if num_class_embeds else None
+        self.stem_conv = convolution(in_channels, channels, 3, padding=1)
+        self.stem_norm = nn.BatchNorm2d(channels)
+        self.stem_neuron = activation()
+        self.entry_conv = convolution(channels, channels, 3, padding=1)
+        self.entry_norm = nn.BatchNorm2d(channels)
+
+        residual = partial(ResidualBlock, time_channels=time_channels, activation=activation, convolution=convolution)
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        self.down_blocks, skipped, width = nn.ModuleList(), [channels], channels
+        for level, level_width in enumerate(widths):
+            for _ in range(layers_per_block):
+                self.down_blocks.append(residual(width, level_width))
+                width = level_width
+                skipped.append(width)
+            if level < len(widths) - 1:
+                self.down_blocks.append(Downsample(width, activation, convolution))
+                skipped.append(width)
+        self.mid_blocks = nn.ModuleList(residual(width, width) for _ in range(2))
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(layers_per_block + 1):
+                self.up_blocks.append(residual(width + skipped.pop(), widths[level]))
+                width = widths[level]
+            if level:
+                self.up_blocks.append(Upsample(width, activation, convolution))
+
+        self.out_norm = nn.BatchNorm2d(width)
+        self.out_conv = convolution(width, out_channels, 3, padding=1)
+        self.out_step_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1) if official else None
+        self.out_step_norm = nn.BatchNorm2d(out_channels) if official else None
+        self._initialize()
+
+    def _check_arguments(self) -> None:
+        config = self.config
+        if config.neuron not in ACTIVATIONS:
+            raise ValueError(f"neuron is {config.neuron!r}; valid are {', '.join(map(repr, ACTIVATIONS))}")
+        if config.neuron == "silu" and (config.snn_timesteps != 1 or config.tsm):
+            raise ValueError(
+                f"snn_timesteps is {config.snn_timesteps} and tsm is {config.tsm}; "
+                "with neuron='silu' they are 1 and False"
+            )
+        for name in ("in_channels", "channels", "layers_per_block", "snn_timesteps", "num_train_timesteps"):
+            if config[name] < 1:
+                raise ValueError(f"{name} is {config[name]}; it is at least 1")
+        if config.channels % 2:
+            raise ValueError(f"channels is {config.channels}; it must be even")
+        if not config.channel_multipliers or min(config.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers is {config.channel_multipliers}; numbers above 0 are needed")
+        if not 0 < config.readout_decay <= 1:
+            raise ValueError(f"readout_decay is {config.readout_decay}; it must be above 0 and at most 1")
+        check_threshold(config.threshold)
+
+    def _initialize(self) -> None:
+        """The authors' first weights: the entry's are PyTorch's own, except with temporal-wise scales."""
+        for name, module in self.named_modules():
+            kept = name in ("entry_conv", "out_step_conv") and not self.config.tsm
+            if isinstance(module, nn.Conv2d | nn.Linear) and not kept and name != "out_step_conv":
+                small = name == "out_conv" and not self.config.tsm
+                nn.init.xavier_uniform_(module.weight, gain=TAIL_GAIN if small else 1.0)
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_official(cls, checkpoint: str | Path | Mapping, **options: Any) -> "SpikingUNet2DModel":
+        """Load a checkpoint of the authors' SDDPM or SDM: see `official_checkpoints.load`, of which the options are."""
+        from generation.spiking_diffusion.official_checkpoints import load
+
+        return load(checkpoint, **options)
+
+    def neurons(self) -> dict[str, Activation]:
+        """All layers of neurons, by name; those of the artificial twin are not `spiking`."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Activation)}
+
+    @contextmanager
+    def with_threshold(self, threshold: float | Mapping[str, float] | None) -> Iterator[None]:
+        """Threshold guidance: let neurons fire at another threshold than the one they were trained with.
+
+        Args:
+            threshold: of all neurons, or by the beginnings of their names ("up_blocks", "mid_blocks.0.neuron1", the
+                longest counts); None changes nothing.
+
+        Raises:
+            ValueError: a threshold is not above 0, or a name is that of no neuron.
+        """
+        neurons = self.neurons()
+        given = dict(threshold) if isinstance(threshold, Mapping) else {} if threshold is None else {"": threshold}
+        if given and not all(neuron.spiking for neuron in neurons.values()):
+            raise ValueError(f"threshold is {threshold}; a model with neuron='silu' has none")
+        for prefix, value in given.items():
+            check_threshold(value)
+            if not any(name.startswith(prefix) for name in neurons):
+                raise ValueError(f"threshold names {prefix!r}; valid are the beginnings of {', '.join(neurons)}")
+        before = {neuron: neuron.threshold for neuron in neurons.values()}
+        try:
+            for prefix in sorted(given, key=len):
+                for name, neuron in neurons.items():
+                    if name.startswith(prefix):
+                        neuron.threshold = float(given[prefix])
+            yield
+        finally:
+            for neuron, value in before.items():
+                neuron.threshold = value
+
+    @contextmanager
+    def with_steps(self, steps: int | None) -> Iterator[None]:
+        """Let neurons spike for another number of time steps; None changes nothing.
+
+        Raises:
+            ValueError: it is below 1, or above the number of temporal-wise scales.
+        """
+        most = self.config.snn_timesteps if self.config.tsm or self.config.neuron == "silu" else None
+        whole = steps is None or (isinstance(steps, int) and not isinstance(steps, bool))
+        if not whole or (steps is not None and not 1 <= steps <= (most or steps)):
+            valid = "of at least 1" if most is None else f"from 1 to {most}, the steps that the model was made for"
+            raise ValueError(f"snn_timesteps is {steps!r}; it must be a whole number {valid}")
+        before = self.steps
+        try:
+            self.steps = steps or before
+            yield
+        finally:
+            self.steps = before
+
+    def embed(self, count: int, timestep: Tensor | int, class_labels: Tensor | None) -> Tensor:
+        """`[count, 4 channels]`, of the time and of the class."""
+        timestep = torch.as_tensor(timestep, device=self.stem_conv.weight.device)
+        checked, rows = not torch.compiler.is_compiling(), self.config.num_train_timesteps
+        if checked and timestep.is_floating_point() and (timestep != timestep.round()).any():
+            raise ValueError(f"timestep is {timestep.tolist()}; the embedding table has whole numbers only")
+        timestep = timestep.long()
+        if checked and ((timestep < 0) | (timestep >= rows)).any():
+            raise ValueError(f"timestep is {timestep.tolist()}; it must be from 0 to {rows - 1}")
+        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, count)):
+            raise ValueError(f"timestep has the shape {tuple(timestep.shape)}; one, or one for each of {count} images")
+        embedding = self.time_embedding(timestep.expand(count))
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels are given, but the model was made without num_class_embeds")
+            return embedding
+        classes = self.config.num_class_embeds
+        if class_labels is None:
+            class_labels = torch.full((count,), classes, device=self.stem_conv.weight.device)
+        if class_labels.shape != (count,):
+            raise ValueError(f"class_labels has the shape {tuple(class_labels.shape)}; there are {count} images")
+        if checked and ((class_labels < 0) | (class_labels > classes)).any():
+            raise ValueError(
+                f"class_labels is {class_labels.tolist()}; they must be from 0 to {classes - 1}, or {classes} for any"
+            )
+        return embedding + self.class_embedding(class_labels)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict the noise.
+
+        Args:
+            sample: `[B, in_channels, H, W]`.
+            timestep: of the diffusion: one, or `[B]`.
+            class_labels: `[B]` integers; `num_class_embeds` is any class, as is None.
+            return_dict: in diffusers' output class, or in a tuple.
+
+        Raises:
+            ValueError: sides are not divided by the model's levels, or times or labels are out of range.
+        """
+        stride = 2 ** (len(self.config.channel_multipliers) - 1)
+        if sample.dim() != 4 or sample.shape[1] != self.config.in_channels or any(s % stride for s in sample.shape[2:]):
+            raise ValueError(
+                f"sample has the shape {tuple(sample.shape)}; expected [batch, {self.config.in_channels}, rows, "
+                f"columns], rows and columns multiples of {stride}"
+            )
+        steps, embedding = self.steps, self.embed(sample.shape[0], timestep, class_labels)
+        x = self.entry_norm(self.entry_conv(self.stem_neuron(self._stem(sample), steps), steps))
+        skipped = [x]
+        for block in self.down_blocks:
+            x = block(x, embedding, steps)
+            skipped.append(x)
+        for block in self.mid_blocks:
+            x = block(x, embedding, steps)
+        for block in self.up_blocks:
+            if isinstance(block, ResidualBlock):
+                x = torch.cat([x, skipped.pop()], 1)
+            x = block(x, embedding, steps)
+        output = self._read_out(F.silu(self.out_norm(x)))
+        return UNet2DOutput(output) if return_dict else (output,)
+
+    def _stem(self, sample: Tensor) -> Tensor:
+        """`[T B, channels, H, W]` currents. All steps see one image, so that it is convolved once.
+
+        Normalised before it is repeated it would be the same, but for the count in the running variance's correction,
+        which an official model keeps.
+        """
+        current = F.conv2d(sample, self.stem_conv.weight, self.stem_conv.bias, padding=1)
+        if self.config.official or self.config.tsm:
+            return self.stem_norm(self.stem_conv.scale(current.repeat(self.steps, 1, 1, 1), self.steps))
+        return self.stem_norm(current).repeat(self.steps, 1, 1, 1)
+
+    def readout_weights(self) -> Tensor:
+        """`[T]`; in float32 arithmetic, as the official code's are."""
+        steps = torch.arange(self.steps - 1, -1, -1, dtype=torch.float32, device=self.stem_conv.weight.device)
+        weights = torch.full_like(steps, self.config.readout_decay) ** steps
+        return weights if self.config.official else weights / weights.sum()
+
+    def _read_out(self, x: Tensor) -> Tensor:
+        """`[T B, C, H, W]` -> `[B, out_channels, H, W]`."""
+        weights = self.readout_weights().to(x.dtype)
+        if self.config.official:
+            x = self.out_conv(x, self.steps)
+            x = F.silu(self.out_step_norm(self.out_step_conv(x))) + x
+            return torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (self.steps, -1)))
+        # The convolution is linear: it is of the weighted sum, once.
+        if self.out_conv.step_scale is not None:
+            weights = weights * self.out_conv.step_scale[: self.steps]
+        x = torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (self.steps, -1)))
+        bias = self.out_conv.bias[:, None, None] * weights.sum()
+        return F.conv2d(x, self.out_conv.weight, padding=1) + bias

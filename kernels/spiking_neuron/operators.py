@@ -1,0 +1,95 @@
+"""The native and Triton neurons as PyTorch operators, with fake kernels and gradients.
+
+Each backend's module has the two functions called here. A state that nobody asked for is an empty tensor. Gradients of
+gradients are not defined; use the `torch` backend for them.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels.spiking_neuron.arguments import Settings
+from kernels.spiking_neuron.layout import arithmetic_dtype, new_state, new_steps
+
+
+def _kernels(backend: str) -> ModuleType:
+    return import_module(f"kernels.spiking_neuron.{backend}")
+
+
+@torch.library.custom_op("gated_vision::spiking_neuron", mutates_args=())
+def spiking_neuron(
+    current: Tensor,
+    initial_state: Tensor | None,
+    threshold: float,
+    tau: float | None,
+    decay_input: bool,
+    reset: str,
+    reset_value: float,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    return_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Spikes and last membrane; at least one time step."""
+    settings = Settings(threshold, tau, decay_input, reset, reset_value, surrogate, alpha, detach_reset)
+    return _kernels(backend).forward(current, initial_state, settings, return_state)
+
+
+@spiking_neuron.register_fake
+def _(current, initial_state, *settings_and_backend):
+    *_, return_state, _ = settings_and_backend
+    dtype = arithmetic_dtype(current, initial_state)
+    return new_steps(current), new_state(current, dtype) if return_state else current.new_empty(0, dtype=dtype)
+
+
+@torch.library.custom_op("gated_vision::spiking_neuron_backward", mutates_args=())
+def spiking_neuron_backward(
+    grad_spikes: Tensor | None,
+    grad_state: Tensor | None,
+    current: Tensor,
+    initial_state: Tensor | None,
+    threshold: float,
+    tau: float | None,
+    decay_input: bool,
+    reset: str,
+    reset_value: float,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of current and initial state; that of a state that is None is empty."""
+    settings = Settings(threshold, tau, decay_input, reset, reset_value, surrogate, alpha, detach_reset)
+    return _kernels(backend).backward(grad_spikes, grad_state, current, initial_state, settings)
+
+
+@spiking_neuron_backward.register_fake
+def _(grad_spikes, grad_state, current, initial_state, *settings_and_backend):
+    if initial_state is None:
+        return new_steps(current), current.new_empty(0)
+    return new_steps(current), new_state(current, initial_state.dtype)
+
+
+def _save(ctx, inputs, output):
+    current, initial_state, *ctx.settings, ctx.returns_state, ctx.backend = inputs
+    ctx.save_for_backward(current, initial_state)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_spikes, grad_state):
+    current, initial_state = ctx.saved_tensors
+    nothing = (None,) * (len(ctx.settings) + 2)
+    if not ctx.returns_state:
+        grad_state = None  # a traced gradient is given one of the empty tensor
+    if grad_spikes is None and grad_state is None:
+        return None, None, *nothing
+    of_current, of_state = spiking_neuron_backward(
+        grad_spikes, grad_state, current, initial_state, *ctx.settings, ctx.backend
+    )
+    return of_current, None if initial_state is None else of_state, *nothing
+
+
+spiking_neuron.register_autograd(_gradients, setup_context=_save)

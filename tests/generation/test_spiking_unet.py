@@ -1,0 +1,382 @@
+"""The spiking U-Net as a model: sizes, official checkpoints, state, limits, compiling, saving, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from generation.spiking_diffusion.blocks import SpikingConv2d
+from generation.spiking_diffusion.official_checkpoints import RENAMED
+from generation.spiking_diffusion.unet import SpikingUNet2DModel
+
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "channels": 8,
+    "channel_multipliers": (1, 2),
+    "layers_per_block": 1,
+    "num_train_timesteps": 50,
+}
+KINDS = {
+    "if": {},
+    "lif": {"neuron": "lif"},
+    "soft reset": {"reset_value": None},
+    "tsm": {"tsm": True},
+    "official": {"official": True},
+    "official tsm": {"official": True, "tsm": True},
+    "classes": {"num_class_embeds": 3},
+    "silu": {"neuron": "silu", "snn_timesteps": 1},
+}
+
+
+def make(**options) -> SpikingUNet2DModel:
+    """A model whose every weight matters, in evaluation mode."""
+    torch.manual_seed(0)
+    model = SpikingUNet2DModel(**SMALL | options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+def inputs(count: int = 2, classes: int | None = None, channels: int = 1) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(count)
+    sample = torch.randn(count, channels, 8, 8, generator=generator)
+    labels = None if classes is None else torch.arange(count) % (classes + 1)
+    return sample, torch.arange(count) * 7 % 50, labels
+
+
+def predict(model: SpikingUNet2DModel, *arguments) -> Tensor:
+    with torch.no_grad():
+        return model(*arguments).sample
+
+
+SIZES = {
+    "SDDPM": ({}, 66_696_413),
+    "TSM of 4 steps": ({"tsm": True}, 66_696_413 + 67 * 4),
+    "TSM of 8 steps": ({"tsm": True, "snn_timesteps": 8}, 66_696_413 + 67 * 8),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(name):
+    options, expected = SIZES[name]
+    with torch.device("meta"):
+        model = SpikingUNet2DModel(official=True, **options)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    frozen = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    assert frozen == [128_000]
+
+
+def test_the_artificial_twin_has_as_many_parameters():
+    spiking, twin = make(), make(**KINDS["silu"])
+    assert {k: v.shape for k, v in spiking.state_dict().items()} == {k: v.shape for k, v in twin.state_dict().items()}
+    assert not any(neuron.spiking for neuron in twin.neurons().values())
+    with pytest.raises(ValueError, match="snn_timesteps is 4 and tsm is False; with neuron='silu' they are 1 and Fa"):
+        make(neuron="silu")
+
+
+THEIRS = [
+    (r"^time_embedding.table", "time_embedding.timembedding.0.weight"),
+    (r"^time_embedding.linear1", "time_embedding.timembedding.1"),
+    (r"^time_embedding.linear2", "time_embedding.timembedding.3"),
+    ("stem_conv", "conv"),
+    ("stem_norm", "bn"),
+    ("entry_conv", "conv_identity"),
+    ("entry_norm", "bn_identity"),
+    ("mid_blocks", "middleblocks"),
+    ("out_norm", "tail_bn"),
+    ("out_conv", "tail_conv"),
+    ("out_step_conv", "T_output_layer"),
+    ("out_step_norm", "last_bn"),
+]
+
+
+def official_state(model: SpikingUNet2DModel) -> dict[str, Tensor]:
+    """The state dict of an official model under the authors' names."""
+    names = {ours.strip("^"): theirs for ours, theirs in THEIRS}
+    state = {}
+    for name, value in model.state_dict().items():
+        layer = name.rpartition(".")[0]
+        head = next((ours for ours in names if name == ours or name.startswith(f"{ours}.")), None)
+        name = name if head is None else names[head] + name.removeprefix(head)
+        name = name.replace("down_blocks", "downblocks").replace("up_blocks", "upblocks")
+        name = name.replace(".norm", ".bn").replace(".time_projection.", ".temb_proj.1.")
+        if name.endswith("step_scale"):
+            name, value = name.replace("step_scale", "tsmp"), value.view(-1, 1, 1, 1, 1)
+        elif name == "T_output_layer.weight":
+            value = value[..., None]
+        elif model.config.tsm and isinstance(model.get_submodule(layer), SpikingConv2d):
+            name = f"{name.rpartition('.')[0]}.tsmconv.{name.rpartition('.')[2]}"
+        state[name] = value
+    return state
+
+
+CONFIGURATIONS = {
+    "two levels": {},
+    "one level": {"channel_multipliers": (1,), "layers_per_block": 2},
+    "three levels": {"channel_multipliers": (1, 2, 2), "in_channels": 3},
+    "wide first level": {"channel_multipliers": (2, 1), "channels": 6, "layers_per_block": 3},
+    "TSM": {"tsm": True, "snn_timesteps": 3},
+    "another table": {"num_train_timesteps": 20, "in_channels": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_official_checkpoints_tell_the_configuration(name):
+    model = make(official=True, **CONFIGURATIONS[name])
+    loaded = SpikingUNet2DModel.from_official(official_state(model))
+    told = {key: loaded.config[key] for key in (*SMALL, "snn_timesteps", "tsm", "official") if key != "sample_size"}
+    assert told == {key: model.config[key] for key in told} | {"channel_multipliers": told["channel_multipliers"]}
+    assert tuple(told["channel_multipliers"]) == tuple(model.config.channel_multipliers)
+    arguments = (inputs(channels=model.config.in_channels)[0], torch.tensor(5))
+    assert torch.equal(predict(loaded, *arguments), predict(model, *arguments))
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("packing", ["prefix", "net_model", "ema_model", "pt", "safetensors"])
+def test_how_official_checkpoints_are_packed(packing, tmp_path):
+    model = make(official=True)
+    state = official_state(model)
+    optimizer = {"state": {}, "param_groups": [{"lr": 1e-4}]}
+    checkpoint = {
+        "prefix": {f"module.{name}": value for name, value in state.items()},
+        "net_model": {"net_model": state, "optim": optimizer, "step": 3, "x_T": torch.zeros(1)},
+        "ema_model": {"ema_model": state},
+        "pt": tmp_path / "model.pt",
+        "safetensors": str(tmp_path / "model.safetensors"),
+    }[packing]
+    torch.save({"net_model": state, "optim": optimizer, "step": 3}, tmp_path / "model.pt")
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, tmp_path / "model.safetensors")
+    arguments = inputs()
+    assert torch.equal(predict(SpikingUNet2DModel.from_official(checkpoint), *arguments), predict(model, *arguments))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    state = official_state(make(official=True))
+    scaled = official_state(make(official=True, tsm=True))
+    wrong_shape = state | {"downblocks.0.conv2.weight": torch.zeros(8, 8, 1, 1)}
+    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"net_model": Evil()}, protocol=2))
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused = {
+        "is not one of SDDPM or SDM: it has no stem_conv.weight": {"layer.weight": torch.zeros(2, 2)},
+        "it has no down_blocks.0.conv1.weight": {k: v for k, v in state.items() if "downblocks" not in k},
+        "holds no state dict": {"epoch": 3},
+        "missing .*'mid_blocks.0": {k: v for k, v in state.items() if "middle" not in k},
+        "unexpected .*'head.weight'": state | {"head.weight": torch.zeros(3)},
+        r"down_blocks.0.conv2.weight is \(8, 8, 1, 1\); others ask for \(8, 8, 3, 3\)": wrong_shape,
+        "there is no such file": tmp_path / "none.pt",
+        "text.pt' cannot be read as tensors": tmp_path / "text.pt",
+        "text.safetensors' cannot be read as tensors": tmp_path / "text.safetensors",
+        "evil.pt' cannot be read as tensors": tmp_path / "evil.pt",
+        "list.pt' holds a list; a dict is needed": tmp_path / "list.pt",
+    }
+    for words, checkpoint in refused.items():
+        with pytest.raises(ValueError, match=words):
+            SpikingUNet2DModel.from_official(checkpoint)
+    for steps, words in (
+        (0, "snn_timesteps is 0; it must be a whole"),
+        (8, "snn_timesteps is 8; the checkpoint has 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SpikingUNet2DModel.from_official(scaled, snn_timesteps=steps)
+    assert SpikingUNet2DModel.from_official(state, snn_timesteps=8).config.snn_timesteps == 8
+    assert len(RENAMED) >= len(THEIRS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_and_loaded(name, tmp_path):
+    model = make(**KINDS[name])
+    model.save_pretrained(tmp_path)
+    loaded = SpikingUNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert loaded.config.neuron == model.config.neuron
+    assert {k: v for k, v in loaded.config.items() if k[0] != "_"}.keys() >= SMALL.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    arguments = inputs(classes=model.config.num_class_embeds)
+    assert_close(predict(loaded, *arguments), predict(model, *arguments), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_calls_share_no_state(name):
+    """The official sampler starts a batch with the membranes of the one before, and fails if its size is another."""
+    model = make(**KINDS[name])
+    classes = model.config.num_class_embeds
+    first = predict(model, *inputs(2, classes))
+    assert predict(model, *inputs(3, classes)).shape == (3, 1, 8, 8)
+    assert torch.equal(predict(model, *inputs(2, classes)), first)
+    assert first.std() > 0.01
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_parameter_learns(name):
+    model = make(**KINDS[name]).train()
+    model(*inputs(4, model.config.num_class_embeds)).sample.square().sum().backward()
+    still = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert still == []
+    assert model.time_embedding.table.grad is None
+
+
+def test_one_step_of_time():
+    model = make(snn_timesteps=1)
+    assert model.readout_weights().tolist() == [1.0]
+    output = predict(model, *inputs())
+    longer = make(snn_timesteps=4)
+    with longer.with_steps(1):
+        assert torch.equal(predict(longer, *inputs()), output)
+    assert not torch.equal(predict(longer, *inputs()), output)
+
+
+@pytest.mark.parametrize(("threshold", "rate"), [(1e30, 0.0), (1e-9, 1.0)], ids=["all silent", "all firing"])
+def test_limits(threshold, rate):
+    """Whatever the image, the same: nothing of it passes neurons that never, or always, fire."""
+    model = make()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.bias.data.fill_(1000.0)  # currents above 0, and so are those through the shortcuts
+    for block in (*model.down_blocks, *model.up_blocks):
+        if getattr(block, "shortcut", None) is not None:
+            block.shortcut.weight.data.abs_()
+    rates = []
+    for neuron in model.neurons().values():
+        neuron.register_forward_hook(lambda _, __, spikes: rates.append(spikes.mean().item()))
+    sample, timestep, _ = inputs()
+    with model.with_threshold(threshold):
+        output = predict(model, sample / 100, timestep[:1])
+        assert set(rates) == {rate}
+        assert torch.equal(output[0], output[1])
+    assert output.isfinite().all()
+
+
+def test_threshold_guidance_by_name_is_undone():
+    model = make()
+    plain = predict(model, *inputs())
+    with model.with_threshold({"up_blocks": 0.5, "up_blocks.0": 2.0, "stem": 0.9}):
+        thresholds = {name: neuron.threshold for name, neuron in model.neurons().items()}
+        assert predict(model, *inputs()).ne(plain).any()
+    assert {value for name, value in thresholds.items() if name.startswith("up_blocks.0")} == {2.0}
+    assert thresholds["up_blocks.1.neuron1"] == 0.5
+    assert (thresholds["stem_neuron"], thresholds["mid_blocks.0.neuron1"]) == (0.9, 1.0)
+    with pytest.raises(RuntimeError), model.with_threshold(0.5), model.with_steps(2):
+        raise RuntimeError
+    assert model.steps == 4
+    assert torch.equal(predict(model, *inputs()), plain)
+
+
+def test_read_out_weights():
+    weights = make(snn_timesteps=4).readout_weights()
+    assert_close(weights, torch.tensor([0.512, 0.64, 0.8, 1.0]) / 2.952)
+    assert_close(make(official=True).readout_weights(), torch.tensor([0.512, 0.64, 0.8, 1.0]))
+
+
+def test_class_labels():
+    model = make(num_class_embeds=3)
+    sample, timestep, _ = inputs(2)
+    anything = predict(model, sample, timestep)
+    assert torch.equal(predict(model, sample, timestep, torch.tensor([3, 3])), anything)
+    one = predict(model, sample, timestep, torch.tensor([0, 1]))
+    assert one.ne(anything).flatten(1).any(1).all()
+
+
+def test_ways_to_give_the_timestep():
+    model = make()
+    sample, _, _ = inputs()
+    expected = predict(model, sample, torch.tensor([7, 7]))
+    for timestep in (7, torch.tensor(7), torch.tensor([7]), torch.tensor(7.0)):
+        assert torch.equal(predict(model, sample, timestep), expected)
+    assert torch.equal(model(sample, 7, return_dict=False)[0], expected)
+
+
+SAMPLE = torch.zeros(2, 1, 8, 8)
+REFUSED_CALLS = {
+    "timestep after the table": ((SAMPLE, 50), "timestep is 50; it must be from 0 to 49"),
+    "negative timestep": ((SAMPLE, torch.tensor([0, -1])), r"timestep is \[0, -1\]; it must be from 0 to 49"),
+    "fraction": ((SAMPLE, 1.5), "timestep is 1.5; the embedding table has whole numbers only"),
+    "three timesteps": ((SAMPLE, torch.arange(3)), r"timestep has the shape \(3,\); one, or one for each of 2 images"),
+    "label after the last": ((SAMPLE, 1, torch.tensor([0, 4])), r"class_labels is \[0, 4\]; they must be from 0 to 2"),
+    "negative label": ((SAMPLE, 1, torch.tensor([0, -1])), r"class_labels is \[0, -1\]"),
+    "one label": ((SAMPLE, 1, torch.tensor([0])), r"class_labels has the shape \(1,\); there are 2 images"),
+    "channels": ((torch.zeros(2, 3, 8, 8), 1), r"sample has the shape \(2, 3, 8, 8\); expected \[batch, 1, rows"),
+    "odd side": ((torch.zeros(2, 1, 8, 7), 1), "rows and columns multiples of 2"),
+    "no batch": ((torch.zeros(1, 8, 8), 1), r"sample has the shape \(1, 8, 8\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+def test_refused_calls(name):
+    arguments, words = REFUSED_CALLS[name]
+    with pytest.raises(ValueError, match=words):
+        make(num_class_embeds=3)(*arguments)
+
+
+REFUSED_MODELS = {
+    "neuron": ({"neuron": "izhikevich"}, "neuron is 'izhikevich'; valid are 'if', 'lif', 'silu'"),
+    "threshold": ({"threshold": 0.0}, "threshold is 0.0; it must be a finite number above 0"),
+    "no steps": ({"snn_timesteps": 0}, "snn_timesteps is 0; it is at least 1"),
+    "odd channels": ({"channels": 7}, "channels is 7; it must be even"),
+    "no levels": ({"channel_multipliers": ()}, r"channel_multipliers is \(\)"),
+    "decay": ({"readout_decay": 1.5}, "readout_decay is 1.5"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_MODELS)
+def test_refused_models(name):
+    options, words = REFUSED_MODELS[name]
+    with pytest.raises(ValueError, match=words):
+        make(**options)
+
+
+REFUSED_CHANGES = {
+    **{f"threshold {value}": ("if", "threshold", value, f"threshold is '?{value}'?; it must be a finite number abo")
+       for value in (0, -0.5, float("nan"), float("inf"), True, "high")},
+    "name of no neuron": ("if", "threshold", {"head": 1.0}, "threshold names 'head'; valid are the beginnings of stem"),
+    "threshold by name": ("if", "threshold", {"stem": 0.0}, "threshold is 0.0"),
+    "threshold of the twin": ("silu", "threshold", 0.9, "threshold is 0.9; a model with neuron='silu' has none"),
+    "no steps": ("if", "steps", 0, "snn_timesteps is 0; it must be a whole number of at least 1"),
+    "half a step": ("if", "steps", 1.5, "snn_timesteps is 1.5; it must be a whole number"),
+    "more steps than scales": ("tsm", "steps", 5, "snn_timesteps is 5; it must be a whole number from 1 to 4"),
+    "steps of the twin": ("silu", "steps", 2, "snn_timesteps is 2; it must be a whole number from 1 to 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_CHANGES)
+def test_refused_changes(name):
+    kind, what, value, words = REFUSED_CHANGES[name]
+    model = make(**KINDS[kind])
+    with pytest.raises(ValueError, match=words), getattr(model, f"with_{what}")(value):
+        pytest.fail("it went on")
+    assert model.steps == model.config.snn_timesteps
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    model = make(tsm=True, num_class_embeds=3, channel_multipliers=(1,))
+    arguments = inputs(classes=3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(predict(compiled, *arguments), predict(model, *arguments))
+    with model.with_threshold(0.8):
+        assert torch.equal(predict(compiled, *arguments), predict(model, *arguments))
+    trained = copy.deepcopy(model).train()
+    trained(*arguments).sample.sum().backward()
+    compiled.train()(*arguments).sample.sum().backward()
+    assert_close(model.stem_conv.weight.grad, trained.stem_conv.weight.grad)
+
+
+def test_exported():
+    model = make(num_class_embeds=3)
+    batch = torch.export.Dim("batch", min=2)
+    shapes = {"sample": {0: batch}, "timestep": {0: batch}, "class_labels": {0: batch}, "return_dict": None}
+    program = torch.export.export(model, inputs(2, 3), {"return_dict": False}, dynamic_shapes=shapes)
+    for count in (2, 5):
+        (exported,) = program.module()(*inputs(count, 3), return_dict=False)
+        assert_close(exported, predict(model, *inputs(count, 3)), atol=1e-5, rtol=0)
