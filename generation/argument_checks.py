@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SEEDS = (0, 2**32 - 1)  # of PyTorch's generator on CPU, which takes no more bits
+
 
 def check_numbers(
     parser: argparse.ArgumentParser, options: argparse.Namespace, limits: Mapping[str, tuple[float, float]]
@@ -27,14 +29,16 @@ def check_numbers(
                 parser.error(f"--{name.replace('_', '-')} is {value}; it must be {valid}")
 
 
-def check_whole(name: str, value: Any, least: int, most: int) -> int:
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an `int`.
 
     Raises:
-        ValueError: it is no whole number from `least` to `most`.
+        ValueError: it is no whole number from `least`, to `most` if that is given.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        valid = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number {valid}")
     return int(value)
 
 

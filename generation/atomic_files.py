@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, and whether they can be written: asked before long work, not after it."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,15 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new folder beside `folder`, then put it in its place."""
+    """Let `write` fill a new folder beside `folder`, then put it in its place; what was there is lost only then."""
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        write(Path(scratch) / folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(Path(scratch) / folder.name, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+        new = Path(scratch) / folder.name
+        write(new)
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "replaced")
+        os.replace(new, folder)
 
 
 def prepare_output(name: str, path: Path, as_folder: bool = False) -> None:

@@ -8,7 +8,9 @@ ALIGNMENT = 64  # bytes, of PyTorch's allocator
 def not_finite(module: nn.Module) -> str | None:
     """The name of a parameter or buffer that holds NaN or infinity, None if none does."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    tensors = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and len(tensor)}
+    tensors = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+    }
     # One number is looked at, so that a GPU is waited for once.
     if nn.utils.get_total_norm(tensors.values(), norm_type=float("inf")).isfinite():
         return None

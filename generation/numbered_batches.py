@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+SEED_STRIDE = 0x7F4A7C15  # between the noise of two runs
+
 
 class BatchNumbers(DistributedSampler):
     """Numbers of the batches to come, asked for when an epoch begins; the same in every process.
@@ -66,18 +68,23 @@ class NumberedBatches(pl.LightningDataModule):
         processes = self.trainer.world_size
         if self.batch_size % processes:
             raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {processes} processes")
+        batches, accumulated = self._batches_of_an_epoch(), self.trainer.accumulate_grad_batches
+        if batches % accumulated:  # Lightning ends the epoch with a smaller step, or never, in a run that is resumed
+            raise ValueError(f"accumulate_grad_batches is {accumulated}; it must divide an epoch's {batches} batches")
         share = (self.trainer.global_rank, processes)
         return self.loader(self.batches_of(self.images_per_epoch // self.batch_size, share), self._numbers_to_come)
+
+    def _batches_of_an_epoch(self) -> int:
+        length, limit = self.images_per_epoch // self.batch_size, self.trainer.limit_train_batches
+        return min(limit, length) if isinstance(limit, int) else int(limit * length)
 
     def _numbers_to_come(self) -> range:
         """Of this epoch, counted from the beginning of the run; less than an epoch where a run resumes in the midst.
 
         The step alone tells: the trainer does not know its epoch yet when workers prefetch the first batches.
         """
-        length, limit = self.images_per_epoch // self.batch_size, self.trainer.limit_train_batches
-        batches = min(limit, length) if isinstance(limit, int) else int(limit * length)
-        accumulated = self.trainer.accumulate_grad_batches
-        epoch, step = divmod(self.trainer.global_step, -(-batches // accumulated))
+        length, accumulated = self.images_per_epoch // self.batch_size, self.trainer.accumulate_grad_batches
+        epoch, step = divmod(self.trainer.global_step, self._batches_of_an_epoch() // accumulated)
         return range(epoch * length + step * accumulated, (epoch + 1) * length)
 
     def loader(self, batches: Dataset, numbers: Callable[[], range]) -> DataLoader:
@@ -103,7 +110,9 @@ def generator_of_batch(module: pl.LightningModule, seed: int, batch_index: int) 
     """
     accumulated = module.trainer.accumulate_grad_batches
     number = module.global_step * accumulated + batch_index % accumulated
-    return torch.Generator(module.device).manual_seed((seed * 2**20 + number) * 4096 + module.global_rank)
+    # The CPU's generator takes no more than 32 bits: 2^20 batches of 4,096 processes. Of single processes whose seeds
+    # differ by less than 4,096 none has a stream of another, since SEED_STRIDE is odd.
+    return torch.Generator(module.device).manual_seed((seed * SEED_STRIDE + number * 4096 + module.global_rank) % 2**32)
 
 
 class EndlessOrder:

@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import kernels
-from generation.argument_checks import check_numbers
+from generation.argument_checks import SEEDS, check_numbers
 from generation.atomic_files import prepare_output, write_atomically
 from generation.lina.shipped_models import load_pipeline, models_there
 
@@ -49,7 +49,7 @@ LIMITS = {
     "magnify": (1, math.inf),
     "height": (1, math.inf),
     "width": (1, math.inf),
-    "seed": (0, 2**63 - 1),
+    "seed": SEEDS,
 }
 
 

@@ -8,6 +8,8 @@ published code.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -24,6 +26,22 @@ def check_threshold(threshold: float) -> None:
     number = isinstance(threshold, Real) and not isinstance(threshold, bool)
     if not (number and math.isfinite(threshold) and threshold > 0):
         raise ValueError(f"threshold is {threshold!r}; it must be a finite number above 0")
+
+
+@dataclass(frozen=True)
+class Firing:
+    """How neurons fire in one call of a network.
+
+    Args:
+        steps: T, for how many time steps.
+        thresholds: of neurons that have another one than they were trained with; None for none.
+    """
+
+    steps: int
+    thresholds: "Mapping[Activation, float] | None" = None
+
+    def threshold_of(self, neuron: "Activation") -> float:
+        return neuron.threshold if self.thresholds is None else self.thresholds.get(neuron, neuron.threshold)
 
 
 class Activation(nn.Module):
@@ -44,11 +62,12 @@ class Activation(nn.Module):
     def spiking(self) -> bool:
         return self.kind != "silu"
 
-    def forward(self, x: Tensor, steps: int) -> Tensor:
+    def forward(self, x: Tensor, firing: Firing) -> Tensor:
         """`[T B, ...]` currents to spikes, 0 or 1."""
         if not self.spiking:
             return F.silu(x)
-        return spiking_neuron(x.unflatten(0, (steps, -1)), threshold=self.threshold, **self.options).flatten(0, 1)
+        currents, threshold = x.unflatten(0, (firing.steps, -1)), firing.threshold_of(self)
+        return spiking_neuron(currents, threshold=threshold, **self.options).flatten(0, 1)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, threshold={self.threshold}"
@@ -89,12 +108,12 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut = convolution(channels, out_channels, 1) if channels != out_channels else None
 
-    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, firing: Firing) -> Tensor:
         """`[T B, channels, H, W]`, `[B, time_channels]` -> `[T B, out_channels, H, W]`."""
-        y = self.norm1(self.conv1(self.neuron1(x, steps), steps))
-        y = y + self.time_projection(F.silu(embedding)).repeat(steps, 1)[:, :, None, None]
-        y = self.norm2(self.conv2(self.neuron2(y, steps), steps))
-        return y + (x if self.shortcut is None else self.shortcut(x, steps))
+        y = self.norm1(self.conv1(self.neuron1(x, firing), firing.steps))
+        y = y + self.time_projection(F.silu(embedding)).repeat(firing.steps, 1)[:, :, None, None]
+        y = self.norm2(self.conv2(self.neuron2(y, firing), firing.steps))
+        return y + (x if self.shortcut is None else self.shortcut(x, firing.steps))
 
 
 class Downsample(nn.Module):
@@ -106,8 +125,8 @@ class Downsample(nn.Module):
         self.conv = convolution(channels, channels, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
-        return self.norm(self.conv(self.neuron(x, steps), steps))
+    def forward(self, x: Tensor, embedding: Tensor, firing: Firing) -> Tensor:
+        return self.norm(self.conv(self.neuron(x, firing), firing.steps))
 
 
 class Upsample(nn.Module):
@@ -119,8 +138,8 @@ class Upsample(nn.Module):
         self.conv = convolution(channels, channels, 3, padding=1)
         self.norm = nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor, embedding: Tensor, steps: int) -> Tensor:
-        return self.norm(self.conv(F.interpolate(self.neuron(x, steps), scale_factor=2.0), steps))
+    def forward(self, x: Tensor, embedding: Tensor, firing: Firing) -> Tensor:
+        return self.norm(self.conv(F.interpolate(self.neuron(x, firing), scale_factor=2.0), firing.steps))
 
 
 class TimeEmbedding(nn.Module):

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from generation.argument_checks import check_numbers
+from generation.argument_checks import SEEDS, check_numbers
 from generation.atomic_files import prepare_output
+from generation.model_folders import INDEX
 from generation.spiking_diffusion.shipped_models import check_model, models_there
 
 LIMITS = {
@@ -13,8 +14,8 @@ LIMITS = {
     "steps": (1, 1000),
     "snn_timesteps": (1, 1024),
     "label": (0, 2**31),
-    "seed": (0, 2**62),
-    "seeds": (0, 2**62),
+    "seed": SEEDS,
+    "seeds": (0, 4000),  # times `evaluation.SEED_STRIDE` they are still seeds
     "magnify": (1, 64),
     "guidance": (0, 1e6),
     "columns": (1, 4096),
@@ -33,8 +34,8 @@ EVALUATE = """How good images of spiking models are, beside real images and nois
     python -m generation evaluate-spiking digits digits-ann
 
 draws images of all classes in turn with each model and prints the Frechet distance to the real images, of features of
-a small classifier trained on them (no FID), and the share of images in which it sees the class asked for; and the same
-of real images and of uniform noise. Writes scores.json and a picture of the drawn images of all models."""
+a small classifier trained on four fifths of them (no FID), and the share of images in which it sees the class asked
+for; and the same of the other fifth and of uniform noise. Writes scores.json and a picture of the drawn images."""
 
 SWEEP = """Threshold guidance: quality against the threshold of the neurons.
 
@@ -128,7 +129,7 @@ def sweep_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/threshold_sweep"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_numbers(
-        parser, options, LIMITS | {"images": (20, 100_000), "held_out_seed": (0, 2**62), "thresholds": (0, 1e6)}
+        parser, options, LIMITS | {"images": (20, 100_000), "held_out_seed": LIMITS["seeds"], "thresholds": (0, 1e6)}
     )
     if 0.0 in options.thresholds:
         parser.error("--thresholds holds 0; they must be above 0")
@@ -169,7 +170,12 @@ def convert_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-3, help="of the updates (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the updates and of the comparison (default: %(default)s)")
     options = parser.parse_args(arguments)
-    check_numbers(parser, options, LIMITS | {"tune": (0, 1_000_000), "learning_rate": (0, 1.0)})
+    check_numbers(parser, options, LIMITS | {"tune": (0, 1_000_000), "learning_rate": (1e-12, 1.0)})
     check_model(options.model)
     prepare_output("--output", options.output, as_folder=True)
+    source = check_model(options.model).resolve()
+    if options.output.resolve() in (source, *source.parents):
+        parser.error(f"--output is {options.output}, in which the model lies; it must be another folder")
+    if any(options.output.iterdir()) and not (options.output / INDEX).is_file():
+        parser.error(f"--output is {options.output}, a folder of other files; it must be new, empty, or a pipeline's")
     return options

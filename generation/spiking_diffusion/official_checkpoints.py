@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from generation.spiking_diffusion.unet import SpikingUNet2DModel
 
 RENAMED = (
-    (r"^module\.", ""),
     (r"^time_embedding\.timembedding\.0\.weight$", "time_embedding.table"),
     (r"^time_embedding\.timembedding\.1\.", "time_embedding.linear1."),
     (r"^time_embedding\.timembedding\.3\.", "time_embedding.linear2."),
@@ -113,7 +112,7 @@ def configuration(state: Mapping[str, Tensor], snn_timesteps: int = 4) -> dict:
 
 
 def load(
-    checkpoint: str | Path | Mapping, *, snn_timesteps: int | None = None, tsm: bool = False
+    checkpoint: str | Path | Mapping, *, snn_timesteps: int | None = None, tsm: bool = False, sample_size: int = 32
 ) -> "SpikingUNet2DModel":
     """Load a checkpoint of SDDPM or SDM.
 
@@ -122,6 +121,7 @@ def load(
         snn_timesteps: T; 4 if None, or that of the checkpoint's temporal-wise scales.
         tsm: give the model temporal-wise scales, all 1 where the checkpoint has none: the second stage of SDM's
             training begins so.
+        sample_size: side of the images, which leaves no trace in a checkpoint.
 
     Returns:
         The model, in evaluation mode.
@@ -132,6 +132,8 @@ def load(
     from generation.spiking_diffusion.unet import SpikingUNet2DModel
 
     state = rename(read(checkpoint))
+    if "head.weight" in state:
+        raise ValueError("checkpoint is one of ANN2SNN; QuantizedUNet2DModel.from_official loads it")
     if missing := [name for name in NEEDED if name not in state]:
         raise ValueError(f"checkpoint is not one of SDDPM or SDM: it has no {', '.join(missing)}")
     if snn_timesteps is not None and (not isinstance(snn_timesteps, int) or snn_timesteps < 1):
@@ -139,7 +141,7 @@ def load(
     settings = configuration(state, snn_timesteps or 4)
     if settings["tsm"] and snn_timesteps not in (None, settings["snn_timesteps"]):
         raise ValueError(f"snn_timesteps is {snn_timesteps}; the checkpoint has {settings['snn_timesteps']} scales")
-    model = SpikingUNet2DModel(**settings | {"tsm": tsm or settings["tsm"]})
+    model = SpikingUNet2DModel(**settings | {"tsm": tsm or settings["tsm"], "sample_size": sample_size})
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, value in state.items():
         if name in shapes and tuple(value.shape) != shapes[name]:

@@ -1,8 +1,8 @@
 """Images of spiking diffusion models, as a diffusers pipeline, and the schedulers that agree with the authors' code."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,7 +92,6 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ("unet",)
     _optional_components: ClassVar = ["scheduler"]
     _callback_tensor_inputs = ("latents",)
-    _optional_components = ("scheduler",)  # may be left out, yet is saved
 
     def __init__(self, unet: SpikingUNet2DModel, scheduler: SchedulerMixin | None = None):
         super().__init__()
@@ -105,6 +104,8 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
                 f"scheduler has {scheduler.config.num_train_timesteps} num_train_timesteps; "
                 f"the unet has {config.num_train_timesteps}"
             )
+        if (predicted := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+            raise ValueError(f"scheduler has prediction_type {predicted!r}; the model predicts noise, 'epsilon'")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
         self._interrupt = False
@@ -154,7 +155,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
                 `num_class_embeds`, for any.
             num_inference_steps: calls of the model.
             threshold: threshold guidance: at which neurons fire in this call, all or by name as in
-                `SpikingUNet2DModel.with_threshold`; None as they were trained.
+                `SpikingUNet2DModel.forward`; None as they were trained.
             snn_timesteps: for which neurons spike in this call; fewer are faster.
             eta: of DDIM, from 0 (no noise in the steps) to 1 (as DDPM).
             guidance_scale: of classes, against the prediction for any class; 1 is none.
@@ -179,6 +180,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"batch_size is {batch_size}; there are {len(labels)} class_labels")
             images = check_whole("the number of class_labels", len(labels), 1, MOST_IMAGES)
         step_options = self._check_step_options(eta)
+        firing = self._check_firing(threshold, snn_timesteps)
         guidance = check_real("guidance_scale", guidance_scale)
         if guidance != 1 and labels is None:
             raise ValueError(f"guidance_scale is {guidance_scale}; without class_labels it must be 1")
@@ -195,7 +197,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         training = unet.training
-        with self._changed_neurons(threshold, snn_timesteps), self._meter(collect_energy) as meter:
+        with self._meter(collect_energy) as meter:
             if latents is None:
                 shape = (images, config.in_channels, config.sample_size, config.sample_size)
                 latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -207,7 +209,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
                 with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
                     for step, timestep in enumerate(self.scheduler.timesteps):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
-                        noise = self._predict(model_input, timestep, labels, guidance)
+                        noise = self._predict(model_input, timestep, labels, guidance, firing)
                         latents = self.scheduler.step(noise, timestep, latents, **step_options).prev_sample
                         latents = latents.to(unet.dtype)
                         if callback_on_step_end is not None:
@@ -223,29 +225,34 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return SpikingDiffusionPipelineOutput(pictures, energy) if return_dict else (pictures, energy)
 
-    def _predict(self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+    def _predict(
+        self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance: float, firing: Mapping[str, Any]
+    ) -> Tensor:
         """Noise, led away from that for any class; both are predicted in one batch."""
         if guidance == 1 or labels is None:
-            return self.unet(sample, timestep, class_labels=labels).sample
+            return self.unet(sample, timestep, class_labels=labels, **firing).sample
         anything = torch.full_like(labels, self.unet.config.num_class_embeds)
-        both = self.unet(torch.cat([sample] * 2), timestep, class_labels=torch.cat([labels, anything])).sample
+        both = self.unet(torch.cat([sample] * 2), timestep, class_labels=torch.cat([labels, anything]), **firing).sample
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
-    @contextmanager
-    def _changed_neurons(self, threshold: float | Mapping[str, float] | None, steps: int | None) -> Iterator[None]:
-        if threshold is None and steps is None:
-            yield
-        elif isinstance(self.unet, SpikingUNet2DModel):
-            with self.unet.with_threshold(threshold), self.unet.with_steps(steps):
-                yield
-        else:
-            name, given = ("threshold", threshold) if steps is None else ("snn_timesteps", steps)
-            raise ValueError(f"{name} is {given}; it must be None for a {type(self.unet).__name__}")
+    def _check_firing(self, threshold: float | Mapping[str, float] | None, steps: int | None) -> dict[str, Any]:
+        """Arguments of the model."""
+        options = {"threshold": threshold, "snn_timesteps": steps}
+        given = {name: value for name, value in options.items() if value is not None}
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # in what torch.compile returns
+        for name, value in given.items():
+            if not isinstance(unet, SpikingUNet2DModel):
+                raise ValueError(f"{name} is {value}; it must be None for a {type(unet).__name__}")
+        if given:
+            unet.firing(**given)
+        return given
 
     def _meter(self, wanted: bool) -> Any:
         if not wanted:
             return nullcontext()
+        if hasattr(self.unet, "_orig_mod"):
+            raise ValueError("collect_energy is True; nothing is seen of a compiled network, so it must be False")
         from generation.spiking_diffusion.energy import EnergyMeter
 
         return EnergyMeter(self.unet)

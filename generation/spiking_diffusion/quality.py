@@ -63,12 +63,17 @@ class Judge:
 
     Attributes:
         test_accuracy: of the classifier, on the images it was not trained on.
+
+    Raises:
+        ValueError: `data` holds less than two images.
     """
 
     def __init__(self, data: LabelledImages, seed: int = 0, steps: int = STEPS) -> None:
+        if len(data) < 2:
+            raise ValueError(f"data holds {len(data)} image; a classifier needs at least 2")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(data), generator=generator)
-        trained, tested = order[: int(TRAINED_SHARE * len(data))], order[int(TRAINED_SHARE * len(data)) :]
+        self.trained, self.tested = order.tensor_split([int(TRAINED_SHARE * len(data))])
         images, labels = to_signed(data.images), data.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -76,18 +81,17 @@ class Judge:
         optimizer = torch.optim.AdamW(self.classifier.parameters(), LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            chosen = trained[torch.randint(len(trained), (BATCH_SIZE,), generator=generator)]
+            chosen = self.trained[torch.randint(len(self.trained), (BATCH_SIZE,), generator=generator)]
             loss = F.cross_entropy(self.classifier(images[chosen]), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         self.classifier.eval().requires_grad_(False)
-        self.test_accuracy = (self.verdicts(images[tested]) == labels[tested]).float().mean().item()
+        self.test_accuracy = (self.verdicts(images[self.tested]) == labels[self.tested]).float().mean().item()
         features = self._raw_features(images)
         self.mean, self.deviation = features.mean(0), features.std(0)
         self.real = self.features(images)
-        self._halves = order.chunk(2)
 
     def _raw_features(self, images: Tensor) -> Tensor:
         return torch.cat([self.classifier.features(part) for part in images.split(512)])
@@ -107,10 +111,9 @@ class Judge:
             return Quality(distance)
         return Quality(distance, (self.verdicts(images) == labels).float().mean().item())
 
-    def floor(self, count: int) -> Quality:
-        """Of `count` real images, and the classifier's accuracy on real images that it was not trained on."""
-        features = self.real[torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))[:count]]
-        return Quality(frechet_distance(features, self.real), self.test_accuracy)
+    def floor(self) -> Quality:
+        """Of the images that the classifier was not trained on, against the others, and its accuracy on them."""
+        return Quality(frechet_distance(self.real[self.tested], self.real[self.trained]), self.test_accuracy)
 
     def ceiling(self, count: int, size: int, channels: int) -> Quality:
         """Of uniform noise; a class is guessed."""

@@ -23,8 +23,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from generation.argument_checks import check_whole
 from generation.spiking_diffusion.blocks import TimeEmbedding
-from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel
+from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel, check_unet_sizes
 from kernels.spiking_neuron import spiking_neuron
 
 NORMS = ("group", "batch")
@@ -254,13 +255,7 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
 
     def _check_arguments(self) -> None:
         config = self.config
-        for name in ("in_channels", "channels", "layers_per_block", "num_train_timesteps"):
-            if config[name] < 1:
-                raise ValueError(f"{name} is {config[name]}; it is at least 1")
-        if config.channels % 2:
-            raise ValueError(f"channels is {config.channels}; it must be even")
-        if not config.channel_multipliers or min(config.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers is {config.channel_multipliers}; numbers above 0 are needed")
+        check_unet_sizes(config)
         if not 0 <= config.dropout < 1:
             raise ValueError(f"dropout is {config.dropout}; it must be from 0 to below 1")
         if not (1 <= config.bits <= 16 or config.bits == UNQUANTIZED):
@@ -272,10 +267,11 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
         if config.snn_timesteps is None:
             if config.signed:
                 raise ValueError(f"signed is {config.signed}; without snn_timesteps no neuron spikes")
-        elif config.snn_timesteps < 1 or config.bits == UNQUANTIZED:
+            return
+        check_whole("snn_timesteps", config.snn_timesteps, 1)
+        if config.bits == UNQUANTIZED:
             raise ValueError(
-                f"snn_timesteps is {config.snn_timesteps} and bits is {config.bits}; spiking needs at least 1 step and "
-                f"at most 16 bits"
+                f"snn_timesteps is {config.snn_timesteps} and bits is {config.bits}; spiking needs at most 16 bits"
             )
 
     def _choose_signed(self) -> None:

@@ -15,7 +15,7 @@ from generation.atomic_files import write_atomically
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.shipped_models import load_pipeline
 
-BATCH = 256
+MOST_AT_ONCE, MOST_ACTIVATIONS = 256, 2**24  # images, and numbers of the first layer's activations
 
 
 def draw_images(
@@ -28,10 +28,12 @@ def draw_images(
         seed: of the first image.
         settings: further arguments of the pipeline.
     """
-    classes = pipeline.unet.config.num_class_embeds
-    images = []
-    for start in range(0, count, BATCH):
-        numbers = range(start, min(start + BATCH, count))
+    config, images = pipeline.unet.config, []
+    classes, steps = config.num_class_embeds, settings.get("snn_timesteps") or config.snn_timesteps or 1
+    activations = steps * config.channels * config.sample_size**2
+    batch = min(MOST_AT_ONCE, max(1, MOST_ACTIVATIONS // activations))
+    for start in range(0, count, batch):
+        numbers = range(start, min(start + batch, count))
         labels = None
         if classes or label is not None:
             labels = [number % classes if label is None else label for number in numbers]

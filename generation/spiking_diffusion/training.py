@@ -1,5 +1,6 @@
 """Training of spiking diffusion: `SpikingDiffusionTraining` holds the loss, the optimiser and the moving average."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -7,14 +8,19 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from diffusers.utils import is_accelerate_available
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from generation.argument_checks import check_choice
 from generation.atomic_files import write_folder_atomically
+from generation.model_folders import folder_of
 from generation.numbered_batches import generator_of_batch
+from generation.spiking_diffusion.image_sets import LabelledImages
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline, ddim_scheduler
 from generation.spiking_diffusion.quantized_unet import QuantizedUNet2DModel
+from generation.spiking_diffusion.shipped_models import SHIPPED
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
 
 NETWORKS = {"spiking": SpikingUNet2DModel, "quantized": QuantizedUNet2DModel}
@@ -28,10 +34,10 @@ class SpikingDiffusionTraining(pl.LightningModule):
     Args:
         unet: arguments of the network.
         network: "spiking", a `SpikingUNet2DModel`, or "quantized", a `QuantizedUNet2DModel` to be converted afterwards.
-        init_from: a folder with the weights to begin with: `unet` of a saved pipeline, or the pipeline, or a run.
+        init_from: the weights to begin with: a shipped model, or the folder of a saved model, pipeline or run.
             Temporal-wise scales that they lack begin as ones: the second stage of SDM's training.
         learning_rate: of AdamW, reached after `warmup_steps`, falling to 2 % of it along a cosine.
-        weight_decay: of the weights of convolutions and linear layers.
+        weight_decay: of the weights of convolutions and linear layers, and of the classes' embedding.
         warmup_steps: of a linear warm-up.
         ema_decay: of the moving average of weights and batch-norm statistics at its slowest; it is
             min(ema_decay, (1 + i) / (10 + i)).
@@ -54,6 +60,7 @@ class SpikingDiffusionTraining(pl.LightningModule):
         label_dropout: float = 0.1,
     ):
         super().__init__()
+        check_choice("network", network, tuple(NETWORKS))
         for name, value, valid, words in (
             ("learning_rate", learning_rate, learning_rate > 0, "above 0"),
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
@@ -66,21 +73,44 @@ class SpikingDiffusionTraining(pl.LightningModule):
         self.save_hyperparameters()
         self.unet = NETWORKS[network](**unet)
         if init_from is not None:
-            self._begin_with(Path(init_from))
+            self._begin_with(folder_of(init_from, SHIPPED))
         self.scheduler = ddim_scheduler(self.unet.config.num_train_timesteps)
         self.seed = torch.initial_seed() % 2**31
         self.average = AveragedModel(self.unet, multi_avg_fn=self._update_average, use_buffers=True)
         self.average.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """See that the data is what the network is for.
+
+        Raises:
+            ValueError: images have another size or other channels, or there are other classes.
+        """
+        data = getattr(getattr(self.trainer, "datamodule", None), "data", None)
+        if not isinstance(data, LabelledImages):
+            return
+        config, (channels, size) = self.unet.config, data.images.shape[1:3]
+        pairs = [("sample_size", size), ("in_channels", channels)]
+        if config.num_class_embeds is not None:
+            pairs.append(("num_class_embeds", len(data.names)))
+        for name, wanted in pairs:
+            if config[name] != wanted:
+                raise ValueError(f"{name} is {config[name]}; of these data it must be {wanted}")
 
     def _begin_with(self, folder: Path) -> None:
         candidates = (folder, folder / "unet", folder / "pipeline" / "unet")
         found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
         if found is None:
             raise ValueError(f"init_from is {str(folder)!r}; expected the folder of a saved model, pipeline or run")
-        state = type(self.unet).from_pretrained(found, local_files_only=True).state_dict()
-        missing, unexpected = self.unet.load_state_dict(state, strict=False)
-        if unexpected or any(not name.endswith(".step_scale") for name in missing):
-            raise ValueError(f"init_from is {str(folder)!r}; it differs from the model: {(missing + unexpected)[:5]}")
+        kind, wanted = json.loads((found / "config.json").read_text()).get("_class_name"), type(self.unet)
+        if kind != wanted.__name__:
+            raise ValueError(f"init_from is {str(folder)!r}, a {kind}; a {wanted.__name__} is needed")
+        quiet = {} if is_accelerate_available() else {"low_cpu_mem_usage": False}
+        state = wanted.from_pretrained(found, local_files_only=True, **quiet).state_dict()
+        ours, theirs = ({name: value.shape for name, value in s.items()} for s in (self.unet.state_dict(), state))
+        new = {name for name in ours.keys() - theirs.keys() if name.endswith(".step_scale")}
+        if wrong := [name for name in ours | theirs if name not in new and ours.get(name) != theirs.get(name)]:
+            raise ValueError(f"init_from is {str(folder)!r}; it differs from the model: {', '.join(wrong[:5])}")
+        self.unet.load_state_dict(state, strict=False)
 
     @torch.no_grad()
     def _update_average(self, averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:

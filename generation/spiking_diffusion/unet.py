@@ -8,8 +8,7 @@ Sources: SDDPM, arXiv 2306.17046; Spiking Diffusion Models, arXiv 2408.16467, an
 `Spk_UNet` and `Spk_UNet_TSM` are `official=True` without and with `tsm=True`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,39 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from generation.argument_checks import check_whole
 from generation.spiking_diffusion.blocks import (
     ACTIVATIONS,
     Activation,
     Downsample,
+    Firing,
     ResidualBlock,
     SpikingConv2d,
     TimeEmbedding,
     Upsample,
     check_threshold,
 )
+from kernels.spiking_neuron.arguments import Settings, check_settings
 
 TAIL_GAIN = 1e-5  # of the last convolution's first weights: the untrained model predicts almost nothing
+
+
+def check_unet_sizes(config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless a U-Net can have these sizes."""
+    for name in ("sample_size", "in_channels", "channels", "layers_per_block", "num_train_timesteps"):
+        check_whole(name, config[name], 1)
+    for name in ("out_channels", "num_class_embeds"):
+        if config[name] is not None:
+            check_whole(name, config[name], 1)
+    if config["channels"] % 2:
+        raise ValueError(f"channels is {config['channels']}; it must be even")
+    if not config["channel_multipliers"]:
+        raise ValueError("channel_multipliers is empty; it has a number for each level")
+    for multiplier in config["channel_multipliers"]:
+        check_whole("channel_multipliers", multiplier, 1)
+    stride = 2 ** (len(config["channel_multipliers"]) - 1)
+    if config["sample_size"] % stride:
+        raise ValueError(f"sample_size is {config['sample_size']}; the levels need a multiple of {stride}")
 
 
 class SpikingUNet2DModel(ModelMixin, ConfigMixin):
@@ -91,11 +111,7 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self._check_arguments()
-        self.steps = snn_timesteps
-        soft = reset_value is None
-        options = {"tau": tau if neuron == "lif" else None, "detach_reset": detach_reset, "surrogate": surrogate}
-        options |= {"alpha": alpha, "reset": "soft" if soft else "hard", "reset_value": 0.0 if soft else reset_value}
-        activation = partial(Activation, neuron, threshold, **options)
+        activation = partial(Activation, neuron, threshold, **self._neuron_options())
         convolution = partial(SpikingConv2d, scaled_steps=snn_timesteps if tsm else 0)
         time_channels, out_channels = 4 * channels, out_channels or in_channels
 
@@ -133,31 +149,40 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         self.out_step_norm = nn.BatchNorm2d(out_channels) if official else None
         self._initialize()
 
+    def _neuron_options(self) -> dict[str, Any]:
+        """Arguments of `kernels.spiking_neuron`, but for the threshold."""
+        config, soft = self.config, self.config.reset_value is None
+        return {
+            "tau": config.tau if config.neuron == "lif" else None,
+            "decay_input": True,
+            "reset": "soft" if soft else "hard",
+            "reset_value": 0.0 if soft else config.reset_value,
+            "surrogate": config.surrogate,
+            "alpha": config.alpha,
+            "detach_reset": config.detach_reset,
+        }
+
     def _check_arguments(self) -> None:
         config = self.config
         if config.neuron not in ACTIVATIONS:
             raise ValueError(f"neuron is {config.neuron!r}; valid are {', '.join(map(repr, ACTIVATIONS))}")
+        check_unet_sizes(config)
+        check_whole("snn_timesteps", config.snn_timesteps, 1)
         if config.neuron == "silu" and (config.snn_timesteps != 1 or config.tsm):
             raise ValueError(
                 f"snn_timesteps is {config.snn_timesteps} and tsm is {config.tsm}; "
                 "with neuron='silu' they are 1 and False"
             )
-        for name in ("in_channels", "channels", "layers_per_block", "snn_timesteps", "num_train_timesteps"):
-            if config[name] < 1:
-                raise ValueError(f"{name} is {config[name]}; it is at least 1")
-        if config.channels % 2:
-            raise ValueError(f"channels is {config.channels}; it must be even")
-        if not config.channel_multipliers or min(config.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers is {config.channel_multipliers}; numbers above 0 are needed")
         if not 0 < config.readout_decay <= 1:
             raise ValueError(f"readout_decay is {config.readout_decay}; it must be above 0 and at most 1")
         check_threshold(config.threshold)
+        check_settings(Settings(threshold=config.threshold, **self._neuron_options()))
 
     def _initialize(self) -> None:
         """The authors' first weights: the entry's are PyTorch's own, except with temporal-wise scales."""
         for name, module in self.named_modules():
-            kept = name in ("entry_conv", "out_step_conv") and not self.config.tsm
-            if isinstance(module, nn.Conv2d | nn.Linear) and not kept and name != "out_step_conv":
+            kept = name == "out_step_conv" or (name == "entry_conv" and not self.config.tsm)
+            if isinstance(module, nn.Conv2d | nn.Linear) and not kept:
                 small = name == "out_conv" and not self.config.tsm
                 nn.init.xavier_uniform_(module.weight, gain=TAIL_GAIN if small else 1.0)
                 nn.init.zeros_(module.bias)
@@ -169,58 +194,52 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
 
         return load(checkpoint, **options)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "SpikingUNet2DModel":
+        """Load what `save_pretrained` wrote; options as of `ModelMixin.from_pretrained`, settings of the model too.
+
+        Raises:
+            ValueError: `snn_timesteps` is not the number of temporal-wise scales of the saved model.
+        """
+        if "snn_timesteps" in options:
+            where = {name: options[name] for name in ("subfolder", "local_files_only", "revision") if name in options}
+            saved, wanted = cls.load_config(pretrained_model_name_or_path, **where), options["snn_timesteps"]
+            if saved.get("tsm") and wanted != saved["snn_timesteps"]:
+                raise ValueError(
+                    f"snn_timesteps is {wanted}; the checkpoint has scales of {saved['snn_timesteps']} time steps"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
     def neurons(self) -> dict[str, Activation]:
         """All layers of neurons, by name; those of the artificial twin are not `spiking`."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Activation)}
 
-    @contextmanager
-    def with_threshold(self, threshold: float | Mapping[str, float] | None) -> Iterator[None]:
-        """Threshold guidance: let neurons fire at another threshold than the one they were trained with.
-
-        Args:
-            threshold: of all neurons, or by the beginnings of their names ("up_blocks", "mid_blocks.0.neuron1", the
-                longest counts); None changes nothing.
+    def firing(self, threshold: float | Mapping[str, float] | None = None, snn_timesteps: int | None = None) -> Firing:
+        """How neurons fire in a call with these arguments, which are those of `forward`.
 
         Raises:
-            ValueError: a threshold is not above 0, or a name is that of no neuron.
+            ValueError: a threshold is not above 0, a name is that of no neuron, or the number of time steps is below 1
+                or above the number of temporal-wise scales.
         """
+        made_for = self.config.snn_timesteps
+        if snn_timesteps is not None:
+            most = made_for if self.config.tsm or self.config.neuron == "silu" else None
+            check_whole("snn_timesteps", snn_timesteps, 1, most)
+        steps = made_for if snn_timesteps is None else snn_timesteps
+        if threshold is None:
+            return Firing(steps)
         neurons = self.neurons()
-        given = dict(threshold) if isinstance(threshold, Mapping) else {} if threshold is None else {"": threshold}
-        if given and not all(neuron.spiking for neuron in neurons.values()):
+        if not all(neuron.spiking for neuron in neurons.values()):
             raise ValueError(f"threshold is {threshold}; a model with neuron='silu' has none")
-        for prefix, value in given.items():
-            check_threshold(value)
-            if not any(name.startswith(prefix) for name in neurons):
+        given = threshold if isinstance(threshold, Mapping) else {"": threshold}
+        thresholds: dict[Activation, float] = {}
+        for prefix in sorted(given, key=len):
+            check_threshold(given[prefix])
+            named = [neuron for name, neuron in neurons.items() if name.startswith(prefix)]
+            if not named:
                 raise ValueError(f"threshold names {prefix!r}; valid are the beginnings of {', '.join(neurons)}")
-        before = {neuron: neuron.threshold for neuron in neurons.values()}
-        try:
-            for prefix in sorted(given, key=len):
-                for name, neuron in neurons.items():
-                    if name.startswith(prefix):
-                        neuron.threshold = float(given[prefix])
-            yield
-        finally:
-            for neuron, value in before.items():
-                neuron.threshold = value
-
-    @contextmanager
-    def with_steps(self, steps: int | None) -> Iterator[None]:
-        """Let neurons spike for another number of time steps; None changes nothing.
-
-        Raises:
-            ValueError: it is below 1, or above the number of temporal-wise scales.
-        """
-        most = self.config.snn_timesteps if self.config.tsm or self.config.neuron == "silu" else None
-        whole = steps is None or (isinstance(steps, int) and not isinstance(steps, bool))
-        if not whole or (steps is not None and not 1 <= steps <= (most or steps)):
-            valid = "of at least 1" if most is None else f"from 1 to {most}, the steps that the model was made for"
-            raise ValueError(f"snn_timesteps is {steps!r}; it must be a whole number {valid}")
-        before = self.steps
-        try:
-            self.steps = steps or before
-            yield
-        finally:
-            self.steps = before
+            thresholds |= dict.fromkeys(named, float(given[prefix]))
+        return Firing(steps, thresholds)
 
     def embed(self, count: int, timestep: Tensor | int, class_labels: Tensor | None) -> Tensor:
         """`[count, 4 channels]`, of the time and of the class."""
@@ -255,6 +274,9 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        threshold: float | Mapping[str, float] | None = None,
+        snn_timesteps: int | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Predict the noise.
 
@@ -263,9 +285,13 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
             timestep: of the diffusion: one, or `[B]`.
             class_labels: `[B]` integers; `num_class_embeds` is any class, as is None.
             return_dict: in diffusers' output class, or in a tuple.
+            threshold: threshold guidance: at which neurons fire in this call, all of them, or by the beginnings of
+                their names ("up_blocks", "mid_blocks.0.neuron1", the longest counts); None as they were trained.
+            snn_timesteps: for which neurons spike in this call; None as they were trained.
 
         Raises:
-            ValueError: sides are not divided by the model's levels, or times or labels are out of range.
+            ValueError: sides are not divided by the model's levels, or times, labels, thresholds or steps are out of
+                range.
         """
         stride = 2 ** (len(self.config.channel_multipliers) - 1)
         if sample.dim() != 4 or sample.shape[1] != self.config.in_channels or any(s % stride for s in sample.shape[2:]):
@@ -273,22 +299,23 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
                 f"sample has the shape {tuple(sample.shape)}; expected [batch, {self.config.in_channels}, rows, "
                 f"columns], rows and columns multiples of {stride}"
             )
-        steps, embedding = self.steps, self.embed(sample.shape[0], timestep, class_labels)
-        x = self.entry_norm(self.entry_conv(self.stem_neuron(self._stem(sample), steps), steps))
+        firing = self.firing(threshold, snn_timesteps)
+        steps, embedding = firing.steps, self.embed(sample.shape[0], timestep, class_labels)
+        x = self.entry_norm(self.entry_conv(self.stem_neuron(self._stem(sample, steps), firing), steps))
         skipped = [x]
         for block in self.down_blocks:
-            x = block(x, embedding, steps)
+            x = block(x, embedding, firing)
             skipped.append(x)
         for block in self.mid_blocks:
-            x = block(x, embedding, steps)
+            x = block(x, embedding, firing)
         for block in self.up_blocks:
             if isinstance(block, ResidualBlock):
                 x = torch.cat([x, skipped.pop()], 1)
-            x = block(x, embedding, steps)
-        output = self._read_out(F.silu(self.out_norm(x)))
+            x = block(x, embedding, firing)
+        output = self._read_out(F.silu(self.out_norm(x)), steps)
         return UNet2DOutput(output) if return_dict else (output,)
 
-    def _stem(self, sample: Tensor) -> Tensor:
+    def _stem(self, sample: Tensor, steps: int) -> Tensor:
         """`[T B, channels, H, W]` currents. All steps see one image, so that it is convolved once.
 
         Normalised before it is repeated it would be the same, but for the count in the running variance's correction,
@@ -296,25 +323,25 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         """
         current = F.conv2d(sample, self.stem_conv.weight, self.stem_conv.bias, padding=1)
         if self.config.official or self.config.tsm:
-            return self.stem_norm(self.stem_conv.scale(current.repeat(self.steps, 1, 1, 1), self.steps))
-        return self.stem_norm(current).repeat(self.steps, 1, 1, 1)
+            return self.stem_norm(self.stem_conv.scale(current.repeat(steps, 1, 1, 1), steps))
+        return self.stem_norm(current).repeat(steps, 1, 1, 1)
 
-    def readout_weights(self) -> Tensor:
+    def readout_weights(self, steps: int) -> Tensor:
         """`[T]`; in float32 arithmetic, as the official code's are."""
-        steps = torch.arange(self.steps - 1, -1, -1, dtype=torch.float32, device=self.stem_conv.weight.device)
-        weights = torch.full_like(steps, self.config.readout_decay) ** steps
+        ages = torch.arange(steps - 1, -1, -1, dtype=torch.float32, device=self.stem_conv.weight.device)
+        weights = torch.full_like(ages, self.config.readout_decay) ** ages
         return weights if self.config.official else weights / weights.sum()
 
-    def _read_out(self, x: Tensor) -> Tensor:
+    def _read_out(self, x: Tensor, steps: int) -> Tensor:
         """`[T B, C, H, W]` -> `[B, out_channels, H, W]`."""
-        weights = self.readout_weights().to(x.dtype)
+        weights = self.readout_weights(steps).to(x.dtype)
         if self.config.official:
-            x = self.out_conv(x, self.steps)
+            x = self.out_conv(x, steps)
             x = F.silu(self.out_step_norm(self.out_step_conv(x))) + x
-            return torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (self.steps, -1)))
+            return torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (steps, -1)))
         # The convolution is linear: it is of the weighted sum, once.
         if self.out_conv.step_scale is not None:
-            weights = weights * self.out_conv.step_scale[: self.steps]
-        x = torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (self.steps, -1)))
+            weights = weights * self.out_conv.step_scale[:steps]
+        x = torch.einsum("t,tbchw->bchw", weights, x.unflatten(0, (steps, -1)))
         bias = self.out_conv.bias[:, None, None] * weights.sum()
         return F.conv2d(x, self.out_conv.weight, padding=1) + bias

@@ -91,10 +91,11 @@ def check_arguments(current: Tensor, initial_state: Tensor | None, settings: Set
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
-    _check_options(settings)
+    check_settings(settings)
 
 
-def _check_options(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
+    """Raise `ValueError` for what no neuron can have."""
     for name, choices in (("reset", RESETS), ("surrogate", SURROGATES)):
         if (chosen := getattr(settings, name)) not in choices:
             raise ValueError(f"{name} is {chosen!r}; valid are {', '.join(map(repr, choices))}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from generation.__main__ import main
 from generation.spiking_diffusion import commands, energy_report
-from generation.spiking_diffusion.blocks import Activation
+from generation.spiking_diffusion.blocks import Activation, Firing
 from generation.spiking_diffusion.energy import EnergyMeter, EnergyReport, is_spikes, reached, summary
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.quantized_unet import QuantizedUNet2DModel
@@ -27,11 +27,11 @@ def make(**options) -> SpikingUNet2DModel:
 
 
 @torch.no_grad()
-def measure(unet: SpikingUNet2DModel, images: int = 2, calls: int = 1, side: int = 8) -> EnergyReport:
+def measure(unet: SpikingUNet2DModel, images: int = 2, calls: int = 1, side: int = 8, **firing) -> EnergyReport:
     torch.manual_seed(1)
     with EnergyMeter(unet) as meter:
         for call in range(calls):
-            unet(torch.randn(images, unet.config.in_channels, side, side), 500 - call)
+            unet(torch.randn(images, unet.config.in_channels, side, side), 500 - call, **firing)
     return meter.report()
 
 
@@ -52,7 +52,7 @@ class Layers(nn.Module):
         return {"neuron": self.neuron}
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x, 1)
+        spikes = self.neuron(x, Firing(1))
         return self.layer(F.interpolate(spikes, scale_factor=2.0) if self.upsampled else spikes)
 
 
@@ -180,8 +180,7 @@ def test_extreme_rates(threshold, count):
     assert report.total("accumulates") == (dense if count is None else count)
     assert report.rate == (count is None)
     unet = make()
-    with unet.with_threshold(threshold):
-        report = measure(unet)
+    report = measure(unet, threshold=threshold)
     if count == 0:  # and no residual stream, which is 0 then, is taken for spikes
         assert report.total("accumulates") == 0
         assert report.macs_where(True) == spiking().macs_where(True)
@@ -215,8 +214,7 @@ def test_full_size_as_published():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_other_numbers_of_steps(steps):
     unet = make()
-    with unet.with_steps(steps):
-        report = measure(unet)
+    report = measure(unet, snn_timesteps=steps)
     assert report.steps == steps
     assert report.macs_where(True) == pytest.approx(spiking().macs_where(True) * steps / 4)
 
@@ -362,7 +360,7 @@ def test_recorded_spikes_are_of_one_call():
         unet(torch.zeros_like(sample), 7)
     assert len(spikes) == energy_report.SHOWN_LAYERS
     assert next(iter(spikes)) == "stem_neuron"
-    wanted = unet.stem_neuron(unet._stem(sample), 4).unflatten(0, (4, 2))[:, 0]
+    wanted = unet.stem_neuron(unet._stem(sample, 4), Firing(4)).unflatten(0, (4, 2))[:, 0]
     assert torch.equal(spikes["stem_neuron"], wanted.bool())
     assert not any(neuron._forward_hooks for neuron in unet.neurons().values())
 

@@ -50,9 +50,9 @@ def inputs(count: int = 2, classes: int | None = None, channels: int = 1) -> tup
     return sample, torch.arange(count) * 7 % 50, labels
 
 
-def predict(model: SpikingUNet2DModel, *arguments) -> Tensor:
+def predict(model: SpikingUNet2DModel, *arguments, **firing) -> Tensor:
     with torch.no_grad():
-        return model(*arguments).sample
+        return model(*arguments, **firing).sample
 
 
 SIZES = {
@@ -230,11 +230,10 @@ def test_every_parameter_learns(name):
 
 def test_one_step_of_time():
     model = make(snn_timesteps=1)
-    assert model.readout_weights().tolist() == [1.0]
+    assert model.readout_weights(1).tolist() == [1.0]
     output = predict(model, *inputs())
     longer = make(snn_timesteps=4)
-    with longer.with_steps(1):
-        assert torch.equal(predict(longer, *inputs()), output)
+    assert torch.equal(predict(longer, *inputs(), snn_timesteps=1), output)
     assert not torch.equal(predict(longer, *inputs()), output)
 
 
@@ -251,32 +250,43 @@ def test_limits(threshold, rate):
     for neuron in model.neurons().values():
         neuron.register_forward_hook(lambda _, __, spikes: rates.append(spikes.mean().item()))
     sample, timestep, _ = inputs()
-    with model.with_threshold(threshold):
-        output = predict(model, sample / 100, timestep[:1])
-        assert set(rates) == {rate}
-        assert torch.equal(output[0], output[1])
+    output = predict(model, sample / 100, timestep[:1], threshold=threshold)
+    assert set(rates) == {rate}
+    assert torch.equal(output[0], output[1])
     assert output.isfinite().all()
 
 
-def test_threshold_guidance_by_name_is_undone():
+def test_threshold_guidance_by_name():
     model = make()
-    plain = predict(model, *inputs())
-    with model.with_threshold({"up_blocks": 0.5, "up_blocks.0": 2.0, "stem": 0.9}):
-        thresholds = {name: neuron.threshold for name, neuron in model.neurons().items()}
-        assert predict(model, *inputs()).ne(plain).any()
+    plain, given = predict(model, *inputs()), {"up_blocks": 0.5, "up_blocks.0": 2.0, "stem": 0.9}
+    assert predict(model, *inputs(), threshold=given).ne(plain).any()
+    firing = model.firing(given)
+    thresholds = {name: firing.threshold_of(neuron) for name, neuron in model.neurons().items()}
     assert {value for name, value in thresholds.items() if name.startswith("up_blocks.0")} == {2.0}
     assert thresholds["up_blocks.1.neuron1"] == 0.5
     assert (thresholds["stem_neuron"], thresholds["mid_blocks.0.neuron1"]) == (0.9, 1.0)
-    with pytest.raises(RuntimeError), model.with_threshold(0.5), model.with_steps(2):
-        raise RuntimeError
-    assert model.steps == 4
     assert torch.equal(predict(model, *inputs()), plain)
 
 
+def test_threshold_guidance_of_one_call_is_none_of_another():
+    """Also of one that runs at the same time."""
+    model, calls, inner = make(), [], []
+    alone = {threshold: predict(model, *inputs(), threshold=threshold) for threshold in (0.9, 1.1)}
+
+    def call_within(*_):
+        if not calls:
+            calls.append(1)
+            inner.append(predict(model, *inputs(), threshold=1.1))
+
+    model.mid_blocks[0].register_forward_hook(call_within)
+    assert torch.equal(predict(model, *inputs(), threshold=0.9), alone[0.9])
+    assert torch.equal(inner[0], alone[1.1])
+
+
 def test_read_out_weights():
-    weights = make(snn_timesteps=4).readout_weights()
+    weights = make(snn_timesteps=4).readout_weights(4)
     assert_close(weights, torch.tensor([0.512, 0.64, 0.8, 1.0]) / 2.952)
-    assert_close(make(official=True).readout_weights(), torch.tensor([0.512, 0.64, 0.8, 1.0]))
+    assert_close(make(official=True).readout_weights(4), torch.tensor([0.512, 0.64, 0.8, 1.0]))
 
 
 def test_class_labels():
@@ -342,10 +352,10 @@ REFUSED_CHANGES = {
     "name of no neuron": ("if", "threshold", {"head": 1.0}, "threshold names 'head'; valid are the beginnings of stem"),
     "threshold by name": ("if", "threshold", {"stem": 0.0}, "threshold is 0.0"),
     "threshold of the twin": ("silu", "threshold", 0.9, "threshold is 0.9; a model with neuron='silu' has none"),
-    "no steps": ("if", "steps", 0, "snn_timesteps is 0; it must be a whole number of at least 1"),
-    "half a step": ("if", "steps", 1.5, "snn_timesteps is 1.5; it must be a whole number"),
-    "more steps than scales": ("tsm", "steps", 5, "snn_timesteps is 5; it must be a whole number from 1 to 4"),
-    "steps of the twin": ("silu", "steps", 2, "snn_timesteps is 2; it must be a whole number from 1 to 1"),
+    "no steps": ("if", "snn_timesteps", 0, "snn_timesteps is 0; it must be a whole number of at least 1"),
+    "half a step": ("if", "snn_timesteps", 1.5, "snn_timesteps is 1.5; it must be a whole number"),
+    "more steps than scales": ("tsm", "snn_timesteps", 5, "snn_timesteps is 5; it must be a whole number from 1 to 4"),
+    "steps of the twin": ("silu", "snn_timesteps", 2, "snn_timesteps is 2; it must be a whole number from 1 to 1"),
 }  # fmt: skip
 
 
@@ -353,9 +363,8 @@ REFUSED_CHANGES = {
 def test_refused_changes(name):
     kind, what, value, words = REFUSED_CHANGES[name]
     model = make(**KINDS[kind])
-    with pytest.raises(ValueError, match=words), getattr(model, f"with_{what}")(value):
-        pytest.fail("it went on")
-    assert model.steps == model.config.snn_timesteps
+    with pytest.raises(ValueError, match=words):
+        predict(model, *inputs(), **{what: value})
 
 
 def test_compiled():
@@ -363,9 +372,8 @@ def test_compiled():
     model = make(tsm=True, num_class_embeds=3, channel_multipliers=(1,))
     arguments = inputs(classes=3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(predict(compiled, *arguments), predict(model, *arguments))
-    with model.with_threshold(0.8):
-        assert torch.equal(predict(compiled, *arguments), predict(model, *arguments))
+    firing = {"threshold": 0.8, "snn_timesteps": 2}
+    assert torch.equal(predict(compiled, *arguments, **firing), predict(model, *arguments, **firing))
     trained = copy.deepcopy(model).train()
     trained(*arguments).sample.sum().backward()
     compiled.train()(*arguments).sample.sum().backward()
@@ -373,7 +381,7 @@ def test_compiled():
 
 
 def test_exported():
-    model = make(num_class_embeds=3)
+    model = make(num_class_embeds=3, channel_multipliers=(1,))
     batch = torch.export.Dim("batch", min=2)
     shapes = {"sample": {0: batch}, "timestep": {0: batch}, "class_labels": {0: batch}, "return_dict": None}
     program = torch.export.export(model, inputs(2, 3), {"return_dict": False}, dynamic_shapes=shapes)

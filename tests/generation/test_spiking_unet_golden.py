@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from generation.spiking_diffusion.blocks import Activation, Downsample, ResidualBlock, SpikingConv2d, Upsample
+from generation.spiking_diffusion.blocks import Activation, Downsample, Firing, ResidualBlock, SpikingConv2d, Upsample
 from generation.spiking_diffusion.official_checkpoints import load, rename
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
 
@@ -35,9 +35,9 @@ def official(name: str, dtype: torch.dtype = torch.float64) -> tuple[SpikingUNet
     return load(state).to(dtype), tensors
 
 
-def predict(model: SpikingUNet2DModel, tensors: dict[str, Tensor]) -> Tensor:
+def predict(model: SpikingUNet2DModel, tensors: dict[str, Tensor], **firing) -> Tensor:
     with torch.no_grad():
-        return model(tensors["x"].to(model.dtype), tensors["t"]).sample
+        return model(tensors["x"].to(model.dtype), tensors["t"], **firing).sample
 
 
 def assert_gradients(module: nn.Module, expected: dict[str, Tensor], tolerance: float) -> None:
@@ -58,8 +58,7 @@ def test_evaluation(name):
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_threshold_guidance(threshold):
     model, tensors = official("unet_tsm")
-    with model.with_threshold(threshold):
-        assert_close(predict(model, tensors), tensors[f"y_eval_th{threshold}"], **CLOSE)
+    assert_close(predict(model, tensors, threshold=threshold), tensors[f"y_eval_th{threshold}"], **CLOSE)
     assert_close(predict(model, tensors), tensors["y_eval"], **CLOSE)
 
 
@@ -165,8 +164,8 @@ def test_block(name):
     block.double().eval()
     x, embedding = tensors["x"].requires_grad_(), tensors["temb"].requires_grad_()
     with torch.no_grad():
-        assert_close(block(x.flatten(0, 1), embedding, 4), tensors["y_eval"].flatten(0, 1), **CLOSE)
-    y = block.train()(x.flatten(0, 1), embedding, 4)
+        assert_close(block(x.flatten(0, 1), embedding, Firing(4)), tensors["y_eval"].flatten(0, 1), **CLOSE)
+    y = block.train()(x.flatten(0, 1), embedding, Firing(4))
     assert_close(y, tensors["y_train"].flatten(0, 1), **CLOSE)
     y.backward(tensors["grad_y"].flatten(0, 1))
     assert_close(x.grad, tensors["grad_x"], **CLOSE)

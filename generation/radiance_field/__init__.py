@@ -1,0 +1,1 @@
+"""Radiance fields: Switch-NeRF++'s heterogeneous mixture of hash experts, rendering, and the scenes they learn."""

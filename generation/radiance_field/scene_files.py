@@ -1,0 +1,153 @@
+"""From what the reader of a format found in a folder to a `Scene`: sizes checked, scaled, set upright, and loaded."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from generation.argument_checks import check_choice, check_whole
+from generation.radiance_field.cameras import Cameras, check_poses, orient_and_scale, similarity_scale
+from generation.radiance_field.image_files import (
+    COLOURS,
+    MILLIMETRES,
+    DepthFiles,
+    ImageFiles,
+    MaskFiles,
+    check_exist,
+    check_sizes,
+    measure,
+    read_all,
+)
+from generation.radiance_field.lens_distortion import distort, undistort
+from generation.radiance_field.scene import Scene
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SceneFiles:
+    """What the reader of a format found; the attributes mean what those of `Scene` do.
+
+    Attributes:
+        cameras: of the pictures as they lie in the files, in the source's world.
+        paths: of the N pictures.
+        mask_paths, depth_paths: of the frames that have one; see `MaskFiles` and `DepthFiles`.
+        halves: of each frame, for `MaskFiles`.
+        depth_unit: of the depths in the files, in units of the source's world.
+        orient, centre, scale: for `orient_and_scale`; all False leaves the source's world as it is.
+        transform: from the source's world to the one of the cameras here, before that.
+        box: None is the cube [-1, 1]³ if the world is scaled, else the box around the cameras.
+    """
+
+    name: str
+    cameras: Cameras
+    names: tuple[str, ...]
+    paths: Sequence[Path]
+    splits: Mapping[str, Tensor]
+    near: float
+    far: float
+    mask_paths: Sequence[Path | None] | None = None
+    depth_paths: Sequence[Path | None] | None = None
+    depth_unit: float = MILLIMETRES
+    halves: Sequence[str] | None = None
+    orient: bool = False
+    centre: bool = False
+    scale: bool = False
+    transform: Tensor | None = None
+    box: Tensor | None = None
+    appearance_ids: Tensor | None = None
+    altitude_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError(f"scene {self.name!r} has no frames")
+
+
+def assemble(
+    found: SceneFiles, lazy: bool, downscale: int, alpha: bool, background: str, normalise: bool | None
+) -> Scene:
+    """The scene; arguments as of `load_scene`."""
+    check_choice("background", background, tuple(COLOURS))
+    check_whole("downscale", downscale, 1, 64)
+    check_poses(found.cameras.c2w, found.names)  # before any picture is read
+    measured = measure(found.paths)
+    check_sizes(found.paths, measured, found.cameras.width, found.cameras.height)
+    for what, paths in (("mask", found.mask_paths), ("depth", found.depth_paths)):
+        check_exist(what, paths or [])
+    cameras = found.cameras
+    if downscale > 1:
+        cameras = cameras.resized(*((size // downscale).clamp(min=1) for size in (cameras.width, cameras.height)))
+    _warn_of_folds(cameras, found.names)
+    transform = torch.eye(3, 4) if found.transform is None else found.transform
+    wanted = (found.orient, found.centre, found.scale) if normalise is None else (normalise,) * 3
+    factor = 1.0
+    if any(wanted):
+        cameras, applied = orient_and_scale(cameras, *wanted)
+        transform = composed(applied, transform)
+        factor = similarity_scale(applied)
+    images = ImageFiles(found.paths, cameras.width, cameras.height, alpha, background)
+    masks = depths = None
+    if found.mask_paths is not None or found.halves is not None:
+        nothing = [None] * len(found.paths)
+        masks = MaskFiles(
+            found.mask_paths or nothing, cameras.width, cameras.height, found.halves or [""] * len(found.paths)
+        )
+    if found.depth_paths is not None:
+        depths = DepthFiles(found.depth_paths, cameras, factor, found.depth_unit)
+    if not lazy:
+        images = read_all(images, cameras, found.names)
+        masks = None if masks is None else read_all(masks, cameras, found.names)
+        depths = None if depths is None else read_all(depths, cameras, found.names)
+    return Scene(
+        name=found.name,
+        images=images,
+        cameras=cameras,
+        names=found.names,
+        splits=found.splits,
+        box=_box(found, cameras, scaled=wanted[2]),
+        near=found.near,
+        far=found.far,
+        background=tuple(value / 255 for value in COLOURS[background]) if measured.has_alpha else None,
+        masks=masks,
+        depths=depths,
+        appearance_ids=found.appearance_ids,
+        transform=transform,
+        altitude_range=found.altitude_range,
+    )
+
+
+def composed(outer: Tensor, inner: Tensor) -> Tensor:
+    """The affine map `[3, 4]` that does `inner` first, then `outer`."""
+    return torch.cat([outer[:, :3] @ inner[:, :3], outer[:, :3] @ inner[:, 3:] + outer[:, 3:]], 1)
+
+
+def _box(found: SceneFiles, cameras: Cameras, scaled: bool) -> Tensor:
+    if scaled:
+        return torch.tensor([[-1.0] * 3, [1.0] * 3])
+    if found.box is not None:
+        return found.box
+    positions = cameras.c2w[:, :, 3]
+    return torch.stack([positions.amin(0), positions.amax(0)])
+
+
+def _warn_of_folds(cameras: Cameras, names: Sequence[str]) -> None:
+    """Say which lens cannot be undone at the corners of its picture, for the rays there are wrong."""
+    if cameras.model == "PINHOLE":
+        return
+    fx, fy, cx, cy = cameras.intrinsics.double().unbind(-1)
+    for right, bottom in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        x, y = (right * cameras.width - cx) / fx, (bottom * cameras.height - cy) / fy
+        back_x, back_y = distort(*undistort(x, y, cameras.distortion), cameras.distortion)
+        bad = ~(torch.hypot((back_x - x) * fx, (back_y - y) * fy) < 0.1)  # pixels
+        if bad.any():
+            name = names[int(bad.nonzero()[0])]
+            logger.warning(
+                "The lens distortion of frame %r and %d others cannot be undone at a corner of the picture; "
+                "rays near that corner are wrong. Undistort the pictures, or fit a milder model.",
+                name,
+                int(bad.sum()) - 1,
+            )
+            return
