@@ -82,7 +82,7 @@ def sample_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--label", type=int, help="class of all images (default: all classes in turn)")
     add("--images", type=int, default=64, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of the first image; the next ones count on (default: %(default)s)")
-    add("--steps", type=int, default=50, help="of DDIM (default: %(default)s)")
+    add("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
     add("--threshold", type=float, help="at which neurons fire (default: as trained)")
     add("--snn-timesteps", type=int, help="for which neurons spike (default: as trained)")
     add("--guidance", type=float, default=1.0, help="of the class; 1 is none (default: %(default)s)")
@@ -119,7 +119,7 @@ def sweep_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of("sweep-threshold", SWEEP)
     add = parser.add_argument
     add("model", nargs="?", default="digits", help=f"{models()} (default: %(default)s)")
-    thresholds = [0.9, 0.95, 0.97, 0.99, 0.997, 1.0, 1.003, 1.01, 1.03, 1.05, 1.1]
+    thresholds = [0.9, 0.95, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0]
     add("--thresholds", type=float, nargs="+", default=thresholds, help=f"(default: {' '.join(map(str, thresholds))})")
     add("--data", default="digits", help=SETS)
     add("--images", type=int, default=400, help="at each threshold and seed (default: %(default)s)")

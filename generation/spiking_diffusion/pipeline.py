@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -93,7 +94,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
     _optional_components: ClassVar = ["scheduler"]
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: SpikingUNet2DModel, scheduler: SchedulerMixin | None = None):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin | None = None):
         super().__init__()
         config = unet.config
         if config.out_channels not in (None, config.in_channels):

@@ -18,9 +18,13 @@ def load_pipeline(model: str | Path) -> "SpikingDiffusionPipeline":
     """Load a pipeline.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a file of it is missing.
     """
     # Not above: command lines ask this module for names before they load anything that takes seconds.
     from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 
-    return SpikingDiffusionPipeline.from_pretrained(check_model(model), local_files_only=True)
+    folder = check_model(model)
+    try:
+        return SpikingDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"model is {str(model)!r}, which cannot be loaded: {error}") from error

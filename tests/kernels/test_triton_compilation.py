@@ -31,7 +31,10 @@ DOT_KERNELS = {
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 LINEAR_DIMS = (32, 64, 96)  # of a head: LINA trained on one CPU, and as it was published
-OTHER_KERNELS = {"carry_states_kernel", "spiking_forward_kernel", "spiking_backward_kernel"}
+OTHER_KERNELS = {
+    "carry_states_kernel", "spiking_forward_kernel", "spiking_backward_kernel",
+    "hash_forward_kernel", "hash_table_gradient_kernel", "hash_point_gradient_kernel",
+}  # fmt: skip
 SCAN_TOKENS = 196
 SCAN_DIMS = ((32, 64), (16, 32))  # key and value, of ViG and of ViG-H
 SOFTMAX = {"activation": "softmax"}
@@ -41,6 +44,15 @@ RETENTIONS = [  # window, options, dimensions (Gated-SwinRMT has 16 and 32), dty
     ((8, 8), {**SIGMOID, "signed_slopes": True}, (32, 64), DTYPES),
     ((7, 7), {**SIGMOID, "normalization": "sum"}, (32,), (torch.float32,)),
     ((4, 4), {**SIGMOID, "rotary": False}, (32,), DTYPES),
+]
+HASH_GRIDS = [  # of a radiance field, its mixture, and every other switch once
+    {},
+    {"resolutions": ((16, 512), (16, 2048)), "log2_table_size": 12},
+    {"features": 4, "interpolation": "smoothstep"},
+    {"features": 1, "interpolation": "nearest"},
+    {"convention": "nerfstudio"},
+    {"dims": 2, "features": 8},
+    {"dims": 4, "features": 8, "resolutions": ((16, 512), (16, 2048)), "interpolation": "smoothstep"},
 ]
 
 
@@ -104,6 +116,23 @@ def launch_spiking_neurons() -> None:
         neuron.forward(current, state, settings, state is not None)
 
 
+def launch_hash_encodings() -> None:
+    """Hash encodings, forward and backward, with and without experts and gates."""
+    from kernels.hash_encoding import HashGrid
+    from kernels.hash_encoding import triton as encoding
+
+    for settings, dtype in itertools.product(HASH_GRIDS, DTYPES):
+        grid = HashGrid(**{"log2_table_size": 14} | settings)
+        points, table = torch.empty(4096, grid.dims), torch.empty(grid.entries, grid.features, dtype=dtype)
+        mixture = grid.experts > 1
+        expert, gate = (torch.zeros(4096, dtype=torch.int64), torch.empty(4096)) if mixture else (None, None)
+        encoding.forward(points, table, expert, gate, grid, grid.levels)
+        gradient = torch.empty(grid.width, 4096, dtype=dtype).t()
+        for of_points in (True, False):
+            wanted = (of_points, True, mixture)
+            encoding.backward(gradient, points, table, expert, gate, grid, grid.levels, wanted)
+
+
 def compile_launches(target_name: str) -> list[dict]:
     """What the compilers say of every launch of all operations on the target."""
     import triton
@@ -135,6 +164,7 @@ def compile_launches(target_name: str) -> list[dict]:
     launch_retentions()
     launch_linear_attentions()
     launch_spiking_neurons()
+    launch_hash_encodings()
     return reports
 
 
