@@ -54,6 +54,7 @@ LINA_ONE_STEP = (
     "--trainer.max_steps {} --trainer.enable_progress_bar false --trainer.enable_model_summary false "
     "--data.init_args.batch_size 2"
 )
+CONVERT = "python -m generation convert-spiking runs/spiking_digits_quantized/0 --output "
 # Each command, and what is put behind it so that it ends within seconds.
 COMMANDS = {
     "make train": DRY_RUN,
@@ -98,6 +99,7 @@ COMMANDS = {
     LINA.format("lina_shapes"): LINA_ONE_STEP.format(1),
     LINA.format("lina_shapes") + " --ckpt_path last": LINA_ONE_STEP.format(2),
     "python -m generation evaluate shapes --prompts 500 --guidance 1 3 --steps 16 8 4": HELP,
+    "python -m generation ablation --config configs/generation/lina_ablation.yaml": HELP,
     "python -m generation.lina.autoencoder_training --output runs/lina_autoencoder": HELP,
     "python -m generation sample-spiking --label 7 --images 64 --output grid.png": "--images 4 --steps 3",
     "python -m generation sample-spiking --images 20 --threshold 1.03 --energy --output grid.png": "--steps 3",
@@ -110,8 +112,10 @@ COMMANDS = {
     LINA.format("spiking_digits") + " --data.init_args.source pictures/train --data.init_args.image_size 16 "
     "--model.init_args.unet.sample_size 16 --model.init_args.unet.in_channels 3 "
     "--model.init_args.unet.num_class_embeds 2": LINA_ONE_STEP.format(1),
-    "python -m generation convert-spiking runs/spiking_digits_quantized/0 --tune 120 --output runs/converted": HELP,
-    "python -m generation evaluate-spiking digits digits-ann": HELP,
+    CONVERT + "runs/converted": AS_IT_STANDS,
+    CONVERT.replace("--output", "--tune 300 --output") + "runs/tuned": "--tune 1",
+    "python -m generation evaluate-spiking runs/spiking_digits_quantized/0 runs/converted runs/tuned --seeds 0": HELP,
+    "python -m generation evaluate-spiking digits digits-ann --steps 10 25 50": HELP,
     "python -m generation sweep-threshold digits": HELP,
     "python -m generation energy digits --twin digits-ann": "--images 1 --steps 2",
     "python -m generation benchmark spiking": HELP,
