@@ -28,7 +28,7 @@ from tqdm import tqdm
 import kernels
 from generation.argument_checks import SEEDS, check_numbers
 from generation.atomic_files import prepare_output, write_atomically
-from generation.lina.shipped_models import load_pipeline, models_there
+from generation.lina.shipped_models import check_model, load_pipeline, models_there
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import, which --help and errors need not wait for
     import torch
@@ -306,6 +306,7 @@ def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequenc
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     try:
+        check_model(options.model)
         all_jobs = jobs_of(options)
         prepare_output("--output", options.output, as_folder=not is_picture(options.output))
         if options.animation is not None:

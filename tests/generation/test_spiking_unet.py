@@ -174,7 +174,8 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         "it has no down_blocks.0.conv1.weight": {k: v for k, v in state.items() if "downblocks" not in k},
         "holds no state dict": {"epoch": 3},
         "missing .*'mid_blocks.0": {k: v for k, v in state.items() if "middle" not in k},
-        "unexpected .*'head.weight'": state | {"head.weight": torch.zeros(3)},
+        "unexpected .*'other.weight'": state | {"other.weight": torch.zeros(3)},
+        "is one of ANN2SNN; QuantizedUNet2DModel.from_official loads it": state | {"head.weight": torch.zeros(3)},
         r"down_blocks.0.conv2.weight is \(8, 8, 1, 1\); others ask for \(8, 8, 3, 3\)": wrong_shape,
         "there is no such file": tmp_path / "none.pt",
         "text.pt' cannot be read as tensors": tmp_path / "text.pt",
@@ -332,9 +333,20 @@ def test_refused_calls(name):
 REFUSED_MODELS = {
     "neuron": ({"neuron": "izhikevich"}, "neuron is 'izhikevich'; valid are 'if', 'lif', 'silu'"),
     "threshold": ({"threshold": 0.0}, "threshold is 0.0; it must be a finite number above 0"),
-    "no steps": ({"snn_timesteps": 0}, "snn_timesteps is 0; it is at least 1"),
+    "half a step": ({"snn_timesteps": 2.5}, "snn_timesteps is 2.5; it must be a whole number"),
+    "unknown surrogate": ({"surrogate": "step"}, "surrogate is 'step'; valid are 'atan'"),
+    "no sharpness": ({"alpha": -1.0}, "alpha is -1.0"),
+    "short time constant": ({"neuron": "lif", "tau": 0.5}, "tau is 0.5"),
+    "reset to no number": ({"reset_value": float("nan")}, "reset_value is nan"),
+    "negative classes": ({"num_class_embeds": -3}, "num_class_embeds is -3; it must be a whole number of at least 1"),
+    "no outputs": ({"out_channels": 0}, "out_channels is 0; it must be a whole number of at least 1"),
+    "odd size": (
+        {"sample_size": 7, "channel_multipliers": (1, 2)},
+        "sample_size is 7; the levels need a multiple of 2",
+    ),
+    "no steps": ({"snn_timesteps": 0}, "snn_timesteps is 0; it must be a whole number of at least 1"),
     "odd channels": ({"channels": 7}, "channels is 7; it must be even"),
-    "no levels": ({"channel_multipliers": ()}, r"channel_multipliers is \(\)"),
+    "no levels": ({"channel_multipliers": ()}, "channel_multipliers is empty"),
     "decay": ({"readout_decay": 1.5}, "readout_decay is 1.5"),
 }
 
@@ -388,3 +400,9 @@ def test_exported():
     for count in (2, 5):
         (exported,) = program.module()(*inputs(count, 3), return_dict=False)
         assert_close(exported, predict(model, *inputs(count, 3)), atol=1e-5, rtol=0)
+
+
+def test_other_steps_than_a_saved_model_has_scales_for(tmp_path):
+    make(tsm=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="snn_timesteps is 8; the checkpoint has scales of 4 time steps"):
+        SpikingUNet2DModel.from_pretrained(tmp_path, snn_timesteps=8, low_cpu_mem_usage=False)
