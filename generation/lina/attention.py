@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from generation.lina.attention_memory import AttentionMemory
 from generation.lina.embeddings import rotate
-from kernels.fused_layers import add_image_convolution, depthwise_convolution
+from kernels.fused_layers import add_image_convolution
 from kernels.linear_attention import linear_attention, linear_attention_with_convolution
 from kernels.packed_linear import is_plain
 
@@ -172,8 +172,23 @@ class Attention(nn.Module):
         if wanted is None:
             return add_image_convolution(mixed, x, weight, bias, grid=grid, overwrite=not torch.is_grad_enabled())
         before = x.shape[1] - grid[0] * grid[1]
-        local = depthwise_convolution(x[:, before:].unflatten(1, grid), weight, bias).flatten(1, 2)
-        return mixed + gather(F.pad(local, (0, 0, before, 0)), wanted)
+        places = wanted - before
+        windows = windows_at(x[:, before:].unflatten(1, grid), places.clamp(min=0), weight.shape[-1])
+        local = torch.einsum("bkoc,co->bkc", windows, weight.flatten(1).to(x.dtype)) + bias.to(x.dtype)
+        return mixed + local * (places >= 0)[..., None]
+
+
+def windows_at(image: Tensor, places: Tensor, side: int) -> Tensor:
+    """Windows around `[B, k]` pixels of `[B, h, w, C]`, zero beyond the borders: `[B, k, side^2, C]`, row by row.
+
+    For a few pixels this is less than to convolve all.
+    """
+    pad = side // 2
+    padded = F.pad(image, (0, 0, pad, pad, pad, pad))
+    width, offset = padded.shape[2], torch.arange(side, device=image.device)
+    corner = places // image.shape[2] * width + places % image.shape[2]
+    index = corner[..., None] + (offset[:, None] * width + offset).flatten()
+    return gather(padded.flatten(1, 2), index.flatten(1)).unflatten(1, index.shape[1:])
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

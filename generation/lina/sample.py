@@ -267,7 +267,7 @@ def draw_all(options: argparse.Namespace, all_jobs: Sequence[Job], jobs: Sequenc
 
     device = device_of(options)
     if device.type == "cpu":
-        build_ahead("native/probe.cpp", "linear_attention/native.cpp", "fused_layers/convolution.cpp")
+        build_ahead("native/probe.cpp", "linear_attention/native.cpp")
     from diffusers.utils import logging as diffusers_logging
 
     settings = settings_of(options)
