@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and whether they can be written: asked before long work, not after it."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,11 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON of a report, whole or not at all."""
+    write_atomically(path, lambda partial: Path(partial).write_text(json.dumps(content, indent=1)))
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], Any]) -> None:

@@ -1,8 +1,14 @@
-"""Weights as they lie in memory: whether they are numbers, and where they begin."""
+"""Weights that are loaded: how, whether they are numbers, and where they begin in memory."""
 
+from diffusers.utils import is_accelerate_available
 from torch import nn
 
 ALIGNMENT = 64  # bytes, of PyTorch's allocator
+
+
+def quiet_loading() -> dict[str, bool]:
+    """Options of diffusers' `from_pretrained` to which it falls back without accelerate, but not silently."""
+    return {} if is_accelerate_available() else {"low_cpu_mem_usage": False}
 
 
 def not_finite(module: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from generation.atomic_files import prepare_output, write_atomically
+from generation.atomic_files import prepare_output, write_atomically, write_json
 from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
 from generation.lina.shape_scores import score
 from generation.lina.training import LinaTraining
@@ -176,11 +176,6 @@ def result_file(ablation: Ablation, variant: str, seed: int) -> Path:
     return ablation.output / f"{variant}-{seed}.json"
 
 
-def write(path: Path, result: Any) -> None:
-    """JSON, whole or not at all."""
-    write_atomically(path, lambda partial: Path(partial).write_text(json.dumps(result, indent=1)))
-
-
 def table(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> list[str]:
     """Mean and sample deviation over the seeds, a line for each variant, in Markdown."""
     columns = ("variant", "parameters", "steps", "CPU seconds", *MEASURES)
@@ -229,14 +224,16 @@ def main(arguments: list[str]) -> None:
     for (variant, seed), result in done.items():
         if result is None:
             done[variant, seed] = result = run(ablation, variant, seed)
-            write(result_file(ablation, variant, seed), result | {"settings": settings_of(ablation, variant, seed)})
+            write_json(
+                result_file(ablation, variant, seed), result | {"settings": settings_of(ablation, variant, seed)}
+            )
             print(
                 f"{variant}, seed {seed}: {result['steps']} steps, loss {result['loss']:.4f}, "
                 f"all correct {result['all_correct']:.3f}",
                 flush=True,
             )
     rows, variants = list(done.values()), list(ablation.variants)
-    write(ablation.output / "ablation.json", rows)
+    write_json(ablation.output / "ablation.json", rows)
     figure = plot(rows, variants)
     write_atomically(ablation.output / "ablation.png", lambda path: figure.savefig(path, dpi=120))
     print("\n".join(table(rows, variants)))

@@ -4,7 +4,6 @@ All emojis designed by OpenMoji, the open-source emoji and icon project. License
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from generation.atomic_files import write_atomically
+from generation.atomic_files import write_atomically, write_json
 from generation.lina.openmoji import GROUPS, Emoji, group_of, split_emoji, to_signed
 from generation.lina.shape_scores import draw_prompts
 from generation.lina.shipped_models import load_pipeline
@@ -81,8 +80,7 @@ def main(options: argparse.Namespace) -> None:
         group: mean(value for value, own in zip(error.tolist(), groups, strict=True) if own == group)
         for group in GROUPS
     }
-    text = json.dumps(report, indent=1)
-    write_atomically(options.output / "scores.json", lambda path: Path(path).write_text(text))
+    write_json(options.output / "scores.json", report)
     for name, values in report.items():
         if isinstance(values, dict):
             print(f"{name}:")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, is_accelerate_available
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from generation.lina.sampling import draw_tokens
 from generation.lina.sampling_settings import SamplingSettings, check_size
 from generation.lina.text_features import encode_prompts, load_text_encoder
 from generation.lina.transformer import LinaTransformer
-from generation.loaded_weights import align, not_finite
+from generation.loaded_weights import align, not_finite, quiet_loading
 
 __all__ = ["LinaPipeline", "LinaPipelineOutput", "outpainting_canvas", "save_animation"]
 
@@ -96,9 +96,7 @@ class LinaPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "LinaPipeline":
         """Load what `save_pretrained` wrote; options as of `DiffusionPipeline.from_pretrained`."""
-        if not is_accelerate_available():
-            options.setdefault("low_cpu_mem_usage", False)  # diffusers falls back to it as well, and complains
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **quiet_loading() | options)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 align(component)

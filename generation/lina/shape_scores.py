@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-from generation.atomic_files import write_atomically
+from generation.atomic_files import write_atomically, write_json
 from generation.lina.captioned_shapes import COLOURS, KINDS, PLACES, held_out_prompts
 from generation.lina.pipeline import LinaPipeline
 from generation.lina.shape_checker import check
@@ -173,5 +172,5 @@ def main(options: argparse.Namespace) -> None:
         figure = captioned_grid(pictures, captions)
         write_atomically(options.grid, lambda path: figure.savefig(path, dpi=80))
     report = {"model": options.model, "prompts": options.prompts, "scores": rows}
-    write_atomically(options.output, lambda path: Path(path).write_text(json.dumps(report, indent=1)))
+    write_json(options.output, report)
     print(f"written to {options.output}")

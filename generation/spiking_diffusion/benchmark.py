@@ -9,7 +9,6 @@ the allocator's as it comes, which gives much of it back to the system and pays 
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from generation.argument_checks import check_numbers
-from generation.atomic_files import prepare_output, write_atomically
+from generation.atomic_files import prepare_output, write_json
 from generation.spiking_diffusion.energy import EnergyMeter
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
 from kernels.interleaved_timing import machine, print_table, ratio, time_interleaved
@@ -177,5 +176,5 @@ def main(arguments: list[str]) -> None:
         report[name] = rows = measure()
         print_table(title, tuple(rows[0]), [tuple(row.values()) for row in rows])
         sys.stdout.flush()
-    write_atomically(options.output, lambda path: Path(path).write_text(json.dumps(report, indent=1)))
+    write_json(options.output, report)
     print(f"\nwritten to {options.output}")

@@ -1,7 +1,6 @@
 """`python -m generation energy`: what drawing with a spiking diffusion model costs, beside its artificial twin."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from generation.atomic_files import write_atomically
+from generation.atomic_files import write_atomically, write_json
 from generation.spiking_diffusion.energy import ACCUMULATE_PJ, MAC_PJ, EnergyReport, summary
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline, ddim_scheduler
 from generation.spiking_diffusion.shipped_models import load_pipeline
@@ -143,8 +142,8 @@ def plot_raster(spikes: dict[str, Tensor]) -> Figure:
 
 def write(folder: Path, report: EnergyReport, twin: EnergyReport, spikes: dict[str, Tensor], settings: Any) -> None:
     """The JSON and the three pictures, each whole or not at all."""
-    text = json.dumps({"settings": settings, "model": report.as_dict(), "twin": twin.as_dict()}, indent=1)
-    write_atomically(folder / "energy.json", lambda partial: Path(partial).write_text(text))
+    numbers = {"settings": settings, "model": report.as_dict(), "twin": twin.as_dict()}
+    write_json(folder / "energy.json", numbers)
     figures = {"firing_rates": plot_rates(report), "energy": plot_energy(report, twin), "raster": plot_raster(spikes)}
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", lambda partial, figure=figure: figure.savefig(partial, dpi=120))

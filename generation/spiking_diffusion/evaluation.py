@@ -1,9 +1,7 @@
 """Quality of drawn images: `python -m generation evaluate-spiking` and `sweep-threshold`."""
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -12,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from generation.atomic_files import write_atomically
+from generation.atomic_files import write_atomically, write_json
 from generation.spiking_diffusion.image_sets import LabelledImages, load
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.quality import Judge, Quality
@@ -89,7 +87,7 @@ def evaluate(options: argparse.Namespace) -> None:
         shown.append(drawn[:SHOWN])
     tell("uniform noise", "", summary([judge.ceiling(options.images, size, channels)]))
     report = {"data": options.data, "images": options.images, "classifier_accuracy": judge.test_accuracy, "rows": rows}
-    write_atomically(options.output / "scores.json", lambda path: Path(path).write_text(json.dumps(report, indent=1)))
+    write_json(options.output / "scores.json", report)
     magnify = max(1, 48 // size)
     drawn = picture(torch.cat(shown), columns=20, magnify=magnify)
     write_atomically(options.output / "images.png", drawn.save)
@@ -138,7 +136,7 @@ def sweep(options: argparse.Namespace) -> None:
         held_out[name] = {"threshold": threshold, **summary(found)}
         print(f"held-out seed, {name} threshold {threshold:g}: Frechet distance {found[0].distance:.2f}")
     report = {"model": str(options.model), "images": options.images, "rows": rows, "held_out": held_out}
-    write_atomically(options.output / "sweep.json", lambda path: Path(path).write_text(json.dumps(report, indent=1)))
+    write_json(options.output / "sweep.json", report)
     figure = plot(rows, trained, best)
     write_atomically(options.output / "sweep.png", lambda path: figure.savefig(path, dpi=120))
     print(f"written to {options.output}")

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, is_accelerate_available
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -28,8 +28,8 @@ from generation.argument_checks import (
     check_whole,
     returned_tensor,
 )
-from generation.loaded_weights import align, not_finite
-from generation.spiking_diffusion.unet import SpikingUNet2DModel
+from generation.loaded_weights import align, not_finite, quiet_loading
+from generation.spiking_diffusion.unet import SpikingUNet2DModel, stride_of
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 MOST_IMAGES = 4096
@@ -114,9 +114,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "SpikingDiffusionPipeline":
         """Load what `save_pretrained` wrote; options as of `DiffusionPipeline.from_pretrained`."""
-        if not is_accelerate_available():
-            options.setdefault("low_cpu_mem_usage", False)  # diffusers falls back to it as well, and complains
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **quiet_loading() | options)
         align(pipeline.unet)
         return pipeline
 
@@ -291,7 +289,7 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
             return None
         if not isinstance(latents, Tensor) or not latents.is_floating_point():
             raise ValueError(f"latents are {latents!r}; they must be a floating-point tensor")
-        stride = 2 ** (len(config.channel_multipliers) - 1)
+        stride = stride_of(config)
         sides = latents.shape[2:]
         if (
             latents.shape[:2] != (images, config.in_channels)

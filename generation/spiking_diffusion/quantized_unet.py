@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from generation.argument_checks import check_whole
 from generation.spiking_diffusion.blocks import TimeEmbedding
-from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel, check_unet_sizes
+from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel, check_unet_sizes, stride_of
 from kernels.spiking_neuron import spiking_neuron
 
 NORMS = ("group", "batch")
@@ -350,7 +350,7 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: sides are not divided by the model's levels, or times or labels are out of range.
         """
-        channels, stride = self.config.in_channels, 2 ** (len(self.config.channel_multipliers) - 1)
+        channels, stride = self.config.in_channels, stride_of(self.config)
         if sample.dim() != 4 or sample.shape[1] != channels or sample.shape[2] % stride or sample.shape[3] % stride:
             raise ValueError(
                 f"sample has the shape {tuple(sample.shape)}; it must be [batch, {channels}, H, W] with H and W "

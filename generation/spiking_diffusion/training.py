@@ -8,13 +8,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from diffusers.utils import is_accelerate_available
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from generation.argument_checks import check_choice
 from generation.atomic_files import write_folder_atomically
+from generation.loaded_weights import quiet_loading
 from generation.model_folders import folder_of
 from generation.numbered_batches import generator_of_batch
 from generation.spiking_diffusion.image_sets import LabelledImages
@@ -104,8 +104,7 @@ class SpikingDiffusionTraining(pl.LightningModule):
         kind, wanted = json.loads((found / "config.json").read_text()).get("_class_name"), type(self.unet)
         if kind != wanted.__name__:
             raise ValueError(f"init_from is {str(folder)!r}, a {kind}; a {wanted.__name__} is needed")
-        quiet = {} if is_accelerate_available() else {"low_cpu_mem_usage": False}
-        state = wanted.from_pretrained(found, local_files_only=True, **quiet).state_dict()
+        state = wanted.from_pretrained(found, local_files_only=True, **quiet_loading()).state_dict()
         ours, theirs = ({name: value.shape for name, value in s.items()} for s in (self.unet.state_dict(), state))
         new = {name for name in ours.keys() - theirs.keys() if name.endswith(".step_scale")}
         if wrong := [name for name in ours | theirs if name not in new and ours.get(name) != theirs.get(name)]:

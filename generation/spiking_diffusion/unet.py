@@ -37,6 +37,11 @@ from kernels.spiking_neuron.arguments import Settings, check_settings
 TAIL_GAIN = 1e-5  # of the last convolution's first weights: the untrained model predicts almost nothing
 
 
+def stride_of(config: Mapping[str, Any]) -> int:
+    """What the sides of images must be multiples of: each level but the first halves them."""
+    return 2 ** (len(config["channel_multipliers"]) - 1)
+
+
 def check_unet_sizes(config: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless a U-Net can have these sizes."""
     for name in ("sample_size", "in_channels", "channels", "layers_per_block", "num_train_timesteps"):
@@ -50,7 +55,7 @@ def check_unet_sizes(config: Mapping[str, Any]) -> None:
         raise ValueError("channel_multipliers is empty; it has a number for each level")
     for multiplier in config["channel_multipliers"]:
         check_whole("channel_multipliers", multiplier, 1)
-    stride = 2 ** (len(config["channel_multipliers"]) - 1)
+    stride = stride_of(config)
     if config["sample_size"] % stride:
         raise ValueError(f"sample_size is {config['sample_size']}; the levels need a multiple of {stride}")
 
@@ -293,7 +298,7 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
             ValueError: sides are not divided by the model's levels, or times, labels, thresholds or steps are out of
                 range.
         """
-        stride = 2 ** (len(self.config.channel_multipliers) - 1)
+        stride = stride_of(self.config)
         if sample.dim() != 4 or sample.shape[1] != self.config.in_channels or any(s % stride for s in sample.shape[2:]):
             raise ValueError(
                 f"sample has the shape {tuple(sample.shape)}; expected [batch, {self.config.in_channels}, rows, "
