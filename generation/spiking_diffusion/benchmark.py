@@ -110,7 +110,7 @@ def measure_training(seconds: float, clock: Callable[[], float]) -> list[dict]:
     """A training step of the small network: who takes its time, and its artificial twin's."""
     steps = {}
     for name, options in {"spiking, T = 4": {}, "ANN twin": {"neuron": "silu", "snn_timesteps": 1}}.items():
-        unet = SpikingUNet2DModel(**SMALL, **options).train()
+        unet = SpikingUNet2DModel(**SMALL, **options).train().to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(unet.parameters(), 1e-3)
         sample, timestep = torch.randn(BATCH, 1, 8, 8), torch.randint(1000, (BATCH,))
 
