@@ -11,6 +11,7 @@
     python -m generation sweep-threshold digits                                        quality by the neurons' threshold
     python -m generation energy digits --twin digits-ann                               what neurons do, and its energy
     python -m generation convert-spiking runs/quantized/0 --output runs/converted      quantised to spiking
+    python -m generation render city --path orbit --output fly.mp4                     fly through a radiance field
     python -m generation benchmark lina                                                speed of the models
 
 Each takes --help.
@@ -26,6 +27,7 @@ from generation.argument_checks import check_numbers
 from generation.atomic_files import prepare_output
 from generation.lina.sample import LIMITS
 from generation.lina.shipped_models import check_model, models_there
+from generation.radiance_field import commands as radiance
 from generation.spiking_diffusion import commands as spiking
 
 HOME_OF = {
@@ -36,6 +38,7 @@ HOME_OF = {
     "evaluate-openmoji": "generation.lina.openmoji_scores",
     "ablation": "generation.lina.ablation",
     "sample-spiking": "generation.spiking_diffusion.sample",
+    "render": "generation.radiance_field.render",
     "evaluate-spiking": "generation.spiking_diffusion.evaluation:evaluate",
     "sweep-threshold": "generation.spiking_diffusion.evaluation:sweep",
     "energy": "generation.spiking_diffusion.energy_report",
@@ -126,6 +129,7 @@ OPTIONS_OF: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
     "sweep-threshold": spiking.sweep_options,
     "energy": spiking.energy_options,
     "convert-spiking": spiking.convert_options,
+    "render": radiance.render_options,
 }
 
 
@@ -149,16 +153,15 @@ def main(arguments: list[str]) -> None:
 
 def run(command: str, arguments: list[str]) -> None:
     """Do what `arguments`, of which `command` is the first, say."""
-    if command in OPTIONS_OF:
-        try:
+    home, _, function = HOME_OF[command].partition(":")
+    try:
+        if command in OPTIONS_OF:
             options = OPTIONS_OF[command](arguments[1:])
-            home, _, function = HOME_OF[command].partition(":")
-            getattr(import_module(home), function or "main")(options)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        return
-    home = import_module(HOME_OF[command])
-    home.main(arguments if HOME_OF[command] == "generation.training" else arguments[1:])
+        else:
+            options = arguments if home == "generation.training" else arguments[1:]
+        getattr(import_module(home), function or "main")(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 The YAML names the system (`model.class_path`) and its data; every argument of both and of the trainer is a key of it
 and a flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, checkpoints/last.ckpt, and what
-the system reports (see its module). `--ckpt_path last` resumes the experiment's newest run.
+the system reports (see its module). `--ckpt_path last` resumes the experiment's newest run, in a folder of its own;
+Ctrl-C leaves a checkpoint of the step it came in.
 """
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +43,39 @@ def checkpoint_path(given: str | None, root: Path, numbers: Sequence[int]) -> st
     if given is not None and "://" not in given and not Path(given).exists():
         raise ValueError(f"ckpt_path is {given!r}; there is no such file; valid are a checkpoint and 'last'")
     return given
+
+
+class StopAfterStep(pl.Callback):
+    """Ctrl-C lets the step end, leaves a checkpoint and then interrupts; a second one interrupts at once.
+
+    Processes of a distributed run may be in different steps when it reaches them: there it is as Lightning has it.
+
+    Args:
+        checkpoint: the file.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self.asked, self.before = checkpoint, False, None
+
+    def on_train_start(self, trainer: Trainer, module: pl.LightningModule) -> None:
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if self.asked and (i + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self.checkpoint)
+            raise KeyboardInterrupt(f"step {trainer.global_step} is kept: go on with --ckpt_path last")
+
+    def teardown(self, trainer: Trainer, module: pl.LightningModule, stage: str) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class TrainingCommandLine(LightningCLI):
@@ -97,6 +133,7 @@ class TrainingCommandLine(LightningCLI):
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             folder, kept = self.run_folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
             callbacks.append(ModelCheckpoint(folder, every_n_train_steps=CHECKPOINT_EVERY, **kept))
+            callbacks.append(StopAfterStep(folder / "last.ckpt"))
         kwargs = {"default_root_dir": self.run_folder, "callbacks": callbacks} | kwargs
         if settings.logger is None:
             kwargs["logger"] = CSVLogger(self.run_folder, name="", version="")

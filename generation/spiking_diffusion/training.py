@@ -161,7 +161,8 @@ class SpikingDiffusionTraining(pl.LightningModule):
             return
         folder = Path(self.trainer.default_root_dir) / "pipeline"
         write_folder_atomically(folder, self.pipeline().save_pretrained)
-        print(f"trained model: {folder}\ndraw with it:  python -m generation sample-spiking --model {folder}")
+        command = f"python -m generation sample-spiking --model {folder} --output grid.png"
+        print(f"trained model: {folder}\ndraw with it:  {command}")
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams

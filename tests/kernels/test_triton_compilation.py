@@ -34,6 +34,7 @@ LINEAR_DIMS = (32, 64, 96)  # of a head: LINA trained on one CPU, and as it was 
 OTHER_KERNELS = {
     "carry_states_kernel", "spiking_forward_kernel", "spiking_backward_kernel",
     "hash_forward_kernel", "hash_table_gradient_kernel", "hash_point_gradient_kernel",
+    "rendering_forward_kernel", "rendering_backward_kernel",
 }  # fmt: skip
 SCAN_TOKENS = 196
 SCAN_DIMS = ((32, 64), (16, 32))  # key and value, of ViG and of ViG-H
@@ -133,6 +134,19 @@ def launch_hash_encodings() -> None:
             encoding.backward(gradient, points, table, expert, gate, grid, grid.levels, wanted)
 
 
+def launch_volume_renderings() -> None:
+    """Volume rendering, forward and backward, of colours and of features, with and without each gradient."""
+    from kernels.volume_rendering import triton as rendering
+
+    for channels, dtype in itertools.product((3, 40), DTYPES):
+        density, colour = torch.empty(4096, dtype=dtype), torch.empty(4096, channels, dtype=dtype)
+        rays = (density, colour, torch.empty(4096), torch.empty(4096), torch.zeros(65, dtype=torch.int64))
+        ray_colour, opacity, depth, weights = rendering.forward(*rays)
+        given = (ray_colour, opacity, depth, weights)
+        for wanted in (given, (ray_colour, None, None, None), (None, opacity, None, None)):
+            rendering.backward(wanted, weights, *rays)
+
+
 def compile_launches(target_name: str) -> list[dict]:
     """What the compilers say of every launch of all operations on the target."""
     import triton
@@ -165,6 +179,7 @@ def compile_launches(target_name: str) -> list[dict]:
     launch_linear_attentions()
     launch_spiking_neurons()
     launch_hash_encodings()
+    launch_volume_renderings()
     return reports
 
 

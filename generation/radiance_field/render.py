@@ -1,0 +1,106 @@
+"""`python -m generation render`: fly through a radiance field; colours, depths and experts as videos and pictures.
+
+Frames are pictures in `<output without suffix>/`, and the videos are made of them. A frame that is there is not drawn
+again, so that what was stopped goes on, and several processes (`torchrun`) share the frames.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from generation.atomic_files import write_atomically, write_json
+from generation.radiance_field.camera_paths import camera_path
+from generation.radiance_field.cameras import Cameras
+from generation.radiance_field.pictures import colour_picture, depth_picture, expert_picture
+from generation.radiance_field.renderer import Renderer
+from generation.radiance_field.shipped_fields import load_field
+
+SETTINGS = "settings.json"
+
+
+def frames_of(renderer: Renderer, cameras: Cameras, index: int, memory: int) -> dict[str, np.ndarray]:
+    """uint8 `[H, W, 3]` pictures of a camera: colour, depth, and of a mixture expert."""
+    drawn = renderer.draw_image(cameras, index, memory=memory)
+    corner = (renderer.occupancy.box[1] - renderer.occupancy.box[0]).norm()
+    middle = (cameras.c2w[index, :, 3] - renderer.occupancy.box.mean(0)).norm()
+    nearest = max(float(renderer.near), float(middle - corner / 2))
+    pictures = {"colour": colour_picture(drawn), "depth": depth_picture(drawn, nearest, float(middle + corner / 2))}
+    experts = expert_picture(drawn)
+    return pictures if experts is None else pictures | {"expert": experts}
+
+
+def write_video(path: Path, frames: list[Path], rate: int) -> None:
+    """An mp4 of pictures.
+
+    Raises:
+        OSError: OpenCV cannot write it.
+    """
+    first = cv2.imread(str(frames[0]))
+
+    def write(partial: str) -> None:
+        video = cv2.VideoWriter(partial, cv2.VideoWriter.fourcc(*"mp4v"), rate, first.shape[1::-1])
+        if not video.isOpened():
+            raise OSError(f"OpenCV cannot write {path}")
+        for frame in frames:
+            video.write(cv2.imread(str(frame)))
+        video.release()
+
+    write_atomically(path, write)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Of `commands.render_options`."""
+    renderer, taken = load_field(options.model)
+    size = (int(taken.width[0]), int(taken.height[0]))
+    width, height = options.size or tuple(max(2, round(side * 2 / max(size) * 160) // 2 * 2) for side in size)
+    box = renderer.occupancy.box
+    cameras = camera_path(options.path, options.frames, taken, box, width, height)
+    folder = options.output.with_suffix("")
+    told = {"model": str(options.model), "path": options.path, "frames": options.frames, "size": [width, height]}
+    prepare_frames(folder, told)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    memory, mine = options.memory << 20, range(rank, len(cameras), processes)
+    for index in tqdm(mine, desc="frames", unit="frame", disable=rank > 0):
+        if not (folder / f"colour-{index:04d}.png").exists():
+            with torch.inference_mode():
+                pictures = frames_of(renderer, cameras, index, memory)
+            for name in reversed(pictures):  # the colours last: they say that the frame is done
+                image = Image.fromarray(pictures[name])
+                write_atomically(folder / f"{name}-{index:04d}.png", image.save)
+    missing = [i for i in range(len(cameras)) if not (folder / f"colour-{i:04d}.png").exists()]
+    if missing:
+        print(f"{len(missing)} frames are with other processes; the last one to end makes the videos")
+        return
+    written = []
+    for name in ("colour", "depth", "expert"):
+        frames = sorted(folder.glob(f"{name}-*.png"))
+        if frames:
+            video = options.output if name == "colour" else options.output.with_stem(f"{options.output.stem}-{name}")
+            write_video(video, frames, options.rate)
+            written.append(str(video))
+    print(f"written to {', '.join(written)}; pictures: {folder}")
+
+
+def prepare_frames(folder: Path, settings: dict) -> None:
+    """See that pictures in a folder are of the same flight.
+
+    Raises:
+        ValueError: they are of another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != settings:
+            raise ValueError(f"--output: {str(folder)!r} holds frames of {before}; remove it, or name another output")
+    elif any(folder.iterdir()):
+        raise ValueError(f"--output: {str(folder)!r} is a folder with other files; name another output")
+    else:
+        write_json(path, settings)

@@ -1,0 +1,140 @@
+"""Batches of rays for training, and whole pictures for validation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from generation.numbered_batches import NumberedBatches
+from generation.radiance_field.district_city import City
+from generation.radiance_field.scene import Scene
+from generation.radiance_field.scene_data import load_scene
+
+
+class RayBatches(Dataset):
+    """Batches of rays by number: {"origin", "direction", "colour": `[R, 3]`, "appearance": `[R]`}.
+
+    Pixels are drawn from all of the training pictures, in proportion to their sizes; those that a mask leaves out are
+    not drawn.
+
+    Args:
+        scene: of which the training pictures are taken.
+        length: batches.
+        batch_size: rays of a batch, over all processes together.
+        seed: of the batches.
+        share: (rank, processes): this process takes every so-many-th ray of a batch.
+
+    Raises:
+        ValueError: masks leave nothing.
+    """
+
+    def __init__(self, scene: Scene, length: int, batch_size: int, seed: int, share: tuple[int, int]) -> None:
+        self.scene, self.length, self.batch_size, self.seed, self.share = scene, length, batch_size, seed, share
+        self.frames = scene.splits["train"]
+        sizes = (scene.cameras.width[self.frames] * scene.cameras.height[self.frames]).numpy()
+        self.ends = np.cumsum(sizes)
+        self.kept = None
+        if scene.masks is not None:
+            masks = [torch.as_tensor(scene.masks[int(frame)]).flatten() for frame in self.frames]
+            self.kept = torch.cat(masks).nonzero()[:, 0].numpy()
+            if not len(self.kept):
+                raise ValueError(f"the masks of scene {scene.name!r} leave no pixel to train on")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        rank, processes = self.share
+        generator = np.random.default_rng([self.seed, number])
+        drawn = generator.integers(self.ends[-1] if self.kept is None else len(self.kept), size=self.batch_size)
+        drawn = drawn[rank::processes]
+        pixel = drawn if self.kept is None else self.kept[drawn]
+        which = np.searchsorted(self.ends, pixel, side="right")
+        within = torch.from_numpy(pixel - np.where(which, self.ends[which - 1], 0))
+        frame = self.frames[torch.from_numpy(which)]
+        width = self.scene.cameras.width[frame]
+        column, row = within % width, within // width
+        origin, direction = self.scene.cameras.rays(frame, column, row)
+        return {
+            "origin": origin,
+            "direction": direction,
+            "colour": self._colours(frame, column, row),
+            "appearance": self.scene.appearance_ids[frame],
+        }
+
+    def _colours(self, frame: Tensor, column: Tensor, row: Tensor) -> Tensor:
+        """float32 `[R, 3]` in [0, 1]."""
+        if isinstance(self.scene.images, Tensor):
+            return self.scene.images[frame, row, column].float() / 255
+        colours = torch.empty(len(frame), 3)
+        for number in frame.unique():
+            own = frame == number
+            colours[own] = self.scene.colours(int(number), column[own], row[own])
+        return colours
+
+
+class Frames(Dataset):
+    """Numbers of a scene's frames, each an item {"frame": number}."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        return {"frame": int(self.numbers[number])}
+
+
+class SceneRays(NumberedBatches):
+    """Rays of a scene's training pictures, and its held-out frames.
+
+    Args:
+        source: "city", "stereo_motorcycle", or a folder: see `load_scene`.
+        city: arguments of the `City` in place of the default one; with source "city" alone.
+        options: further arguments of `load_scene`.
+        batch_size: rays that are drawn for an optimiser step, over all processes together; a training may use fewer.
+        rays_per_epoch: an epoch's length, rounded down to whole batches.
+        validated: frames of the held-out ones that are validated on, evenly spaced.
+        num_workers: processes that draw; 0 draws in the main one.
+        seed: of the batches.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str = "city",
+        city: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        batch_size: int = 4096,
+        rays_per_epoch: int = 4096 * 250,
+        validated: int = 6,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, 1, rays_per_epoch, num_workers, seed)
+        if city is not None and source != "city":
+            raise ValueError(f"city is {city}, but source is {source!r}; it is for source 'city'")
+        if validated < 1:
+            raise ValueError(f"validated is {validated}; it must be at least 1")
+        self.source: str | Path | City = source if city is None else City(**city)
+        self.options, self.validated = options or {}, validated
+
+    def setup(self, stage: str | None = None) -> None:
+        if not hasattr(self, "scene"):
+            self.scene = load_scene(self.source, **self.options)
+
+    def batches_of(self, length: int, share: tuple[int, int]) -> RayBatches:
+        return RayBatches(self.scene, length, self.batch_size, self.seed, share)
+
+    def val_dataloader(self) -> DataLoader:
+        held_out = self.scene.splits["val"]
+        chosen = torch.linspace(0, max(len(held_out) - 1, 0), min(len(held_out), self.validated)).long()
+        mine = held_out[chosen][self.trainer.global_rank :: self.trainer.world_size]
+        frames = Frames(mine)
+        return self.loader(frames, lambda: range(len(frames)))
