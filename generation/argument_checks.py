@@ -42,6 +42,36 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> i
     return int(value)
 
 
+def whole_numbers(
+    name: str, value: Any, most: int, valid: str, count: int, device: "torch.device", *, floating: bool = False
+) -> "Tensor":
+    """`value`, a whole number from 0 to `most`, or one for each of `count` images, as `[count]` of int64.
+
+    A compiled network is not asked for the numbers: that would break its graph.
+
+    Args:
+        valid: which numbers are, in words.
+        floating: take whole numbers of floating point as well.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    import torch
+
+    expected = f"it must be a whole number {valid}, or one for each of {count} images"
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}; {expected}") from None
+    if tensor.dim() > 1 or (tensor.dim() == 1 and len(tensor) not in (1, count)):
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; {expected}")
+    if tensor.is_complex() or tensor.dtype == torch.bool or (tensor.is_floating_point() and not floating):
+        raise ValueError(f"{name} is {value!r}; {expected}")
+    if not torch.compiler.is_compiling() and not ((tensor >= 0) & (tensor <= most) & (tensor == tensor.round())).all():
+        raise ValueError(f"{name} is {tensor.tolist()}; {expected}")
+    return tensor.long().expand(count)
+
+
 def check_real(name: str, value: Any, most: float | None = None) -> float:
     """`value` as a `float`.
 

@@ -62,9 +62,9 @@ class StopAfterStep(pl.Callback):
             self.before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: pl.LightningModule, outputs: Any, batch: Any, i: int
+        self, trainer: Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        if self.asked and (i + 1) % trainer.accumulate_grad_batches == 0:
+        if self.asked and (batch_index + 1) % trainer.accumulate_grad_batches == 0:
             trainer.save_checkpoint(self.checkpoint)
             raise KeyboardInterrupt(f"step {trainer.global_step} is kept: go on with --ckpt_path last")
 

@@ -28,6 +28,25 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold is {threshold!r}; it must be a finite number above 0")
 
 
+def neurons_named(neurons: Mapping[str, nn.Module], name: str, argument: str) -> list[nn.Module]:
+    """Those in the part of a network with this name: "up_blocks.1" is not the beginning of "up_blocks.10".
+
+    Args:
+        neurons: by their full names.
+        name: of a part, or of one of them.
+        argument: in which it was given, for the error.
+
+    Raises:
+        ValueError: none is there.
+    """
+    found = [neuron for own, neuron in neurons.items() if isinstance(name, str) and f"{own}.".startswith(f"{name}.")]
+    if not found:
+        raise ValueError(
+            f"{argument} names {name!r}; valid are names, whole or up to a dot, of {', '.join(neurons) or 'no neurons'}"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Firing:
     """How neurons fire in one call of a network.
@@ -86,9 +105,11 @@ class SpikingConv2d(nn.Conv2d):
         self.step_scale = nn.Parameter(torch.ones(scaled_steps)) if scaled_steps else None
 
     def forward(self, x: Tensor, steps: int) -> Tensor:
+        """`[T B, C, H, W]` -> `[T B, C', H', W']`."""
         return self.scale(super().forward(x), steps)
 
     def scale(self, y: Tensor, steps: int) -> Tensor:
+        """`[T B, C', H', W']`, each step by its number."""
         if self.step_scale is None:
             return y
         return (y.unflatten(0, (steps, -1)) * self.step_scale[:steps, None, None, None, None]).flatten(0, 1)
@@ -126,6 +147,7 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor, embedding: Tensor, firing: Firing) -> Tensor:
+        """`[T B, C, H, W]` -> `[T B, C, ceil(H / 2), ceil(W / 2)]`; the embedding is not used."""
         return self.norm(self.conv(self.neuron(x, firing), firing.steps))
 
 
@@ -139,6 +161,7 @@ class Upsample(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor, embedding: Tensor, firing: Firing) -> Tensor:
+        """`[T B, C, H, W]` -> `[T B, C, 2 H, 2 W]`; the embedding is not used."""
         return self.norm(self.conv(F.interpolate(self.neuron(x, firing), scale_factor=2.0), firing.steps))
 
 
@@ -150,12 +173,20 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, timesteps: int, channels: int, out_channels: int):
         super().__init__()
-        frequency = torch.exp(-torch.arange(0, channels, 2) / channels * math.log(10_000))
-        angle = torch.arange(timesteps).float()[:, None] * frequency
-        self.table = nn.Parameter(torch.stack([angle.sin(), angle.cos()], -1).flatten(1), requires_grad=False)
+        wanted = torch.get_default_dtype()
+        precise = torch.promote_types(wanted, torch.float32)
+        frequency = torch.exp(-torch.arange(0, channels, 2, dtype=precise) / channels * math.log(10_000))
+        angle = torch.arange(timesteps, dtype=precise)[:, None] * frequency
+        table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+        # Of the data type of all weights: by the first one diffusers tells whether it must convert what it loads.
+        self.table = nn.Parameter(table.to(wanted), requires_grad=False)
         self.linear1 = nn.Linear(channels, out_channels)
         self.linear2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """`[B]` integers -> `[B, out_channels]`."""
-        return self.linear2(F.silu(self.linear1(self.table[timestep])))
+        return self.linear2(F.silu(self.linear1(self.rows(timestep))))
+
+    def rows(self, timestep: Tensor) -> Tensor:
+        """`[B]` integers -> `[B, channels]`; not by `[]`, which takes -1 for the last row, compiled networks too."""
+        return F.embedding(timestep, self.table)

@@ -11,8 +11,7 @@ Sources: Spiking Diffusion Models, arXiv 2408.16467, section on conversion, and 
 the batch first), after Fast-SNN, arXiv 2305.19868.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,30 +23,14 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from generation.argument_checks import check_whole
-from generation.spiking_diffusion.blocks import TimeEmbedding
-from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel, check_unet_sizes, stride_of
+from generation.spiking_diffusion.blocks import TimeEmbedding, neurons_named
+from generation.spiking_diffusion.unet import TAIL_GAIN, SpikingUNet2DModel, check_sample, check_unet_sizes
 from kernels.spiking_neuron import spiking_neuron
 
 NORMS = ("group", "batch")
 UNQUANTIZED = 32  # bits of a plain ReLU
 FIRST_CLIP = 6.0
-APOT_EXPONENTS = {2: ((0, 1, 2),), 3: ((0, 1, 3), (2,)), 4: ((0, 2, 4), (1, 3, 5))}
 NEGATIVE_THRESHOLD = -1e-3  # at which a membrane takes back a spike
-
-
-def additive_power_of_two_levels(bits: int) -> Tensor:
-    """`[2**bits]` rising levels from 0 to 1 of additive-power-of-two quantisation, the alternative to uniform levels.
-
-    A level is a sum of one number of each set, of which a set is 0 and negative powers of two (arXiv 1909.13144).
-
-    Raises:
-        ValueError: `bits` is not 2, 3 or 4.
-    """
-    if bits not in APOT_EXPONENTS:
-        raise ValueError(f"bits is {bits}; valid are {', '.join(map(str, APOT_EXPONENTS))}")
-    sets = [[0.0, *(2.0**-exponent for exponent in exponents)] for exponents in APOT_EXPONENTS[bits]]
-    levels = sorted(map(sum, itertools.product(*sets)))
-    return torch.tensor(levels, dtype=torch.float64) / levels[-1]
 
 
 class QuantizedReLU(nn.Module):
@@ -108,7 +91,7 @@ class QuantizedTimeEmbedding(TimeEmbedding):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """`[B]` integers -> `[B, out_channels]`."""
-        return self.linear1(self.table[timestep])
+        return self.linear1(self.rows(timestep))
 
     def spread(self, current: Tensor, steps: int) -> Tensor:
         """`[B, out_channels]`, the same in all time steps -> `[T B, out_channels]`."""
@@ -147,6 +130,7 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=1 if upwards else 2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`[T B, C, H, W]` -> `[T B, C, 2 H, 2 W]`, or half of them; the embedding is not used."""
         return self.conv(F.interpolate(x, scale_factor=2.0) if self.upwards else x)
 
 
@@ -182,8 +166,8 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
         norm_num_groups: of "group"; it divides `channels`.
         snn_timesteps: T, the time steps for which neurons spike in place of the activations; None for the quantised
             network. `conversion.convert` makes the one from the other.
-        signed: whether neurons can take back spikes: all, none, or those whose names begin so ("time_embedding",
-            "up_blocks.0").
+        signed: whether neurons can take back spikes: all, none, or a tuple of names, whole or up to a dot
+            ("time_embedding", "up_blocks.0").
         num_train_timesteps: of the diffusion, rows of the embedding table.
         num_class_embeds: classes of a class-conditional model. A further row, used without labels, is for any.
 
@@ -276,12 +260,13 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
 
     def _choose_signed(self) -> None:
         signed, neurons = self.config.signed, self.neurons()
-        prefixes = ("",) if signed is True else tuple(signed or ())
-        for prefix in prefixes:
-            if not any(name.startswith(prefix) for name in neurons):
-                raise ValueError(f"signed names {prefix!r}; valid are the beginnings of {', '.join(neurons)}")
-        for name, neuron in neurons.items():
-            neuron.signed = name.startswith(prefixes)
+        chosen = list(neurons.values()) if signed is True else []
+        if isinstance(signed, str) or not isinstance(signed, bool | Sequence):
+            raise ValueError(f"signed is {signed!r}; it must be True, False or a tuple of names")
+        for name in () if isinstance(signed, bool) else signed:
+            chosen += neurons_named(neurons, name, "signed")
+        for neuron in chosen:
+            neuron.signed = True
 
     def _initialize(self) -> None:
         """DDPM's first weights: the untrained model predicts almost nothing, and so does each residual branch."""
@@ -336,7 +321,7 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
         self,
         sample: Tensor,
         timestep: Tensor | int,
-        class_labels: Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | int | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Predict the noise.
@@ -344,18 +329,14 @@ class QuantizedUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample: `[B, in_channels, H, W]`.
             timestep: of the diffusion: one, or `[B]`.
-            class_labels: `[B]` integers; `num_class_embeds` is any class, as is None.
+            class_labels: one for all images, or `[B]`, whole numbers; `num_class_embeds` is any class, as is None.
             return_dict: in diffusers' output class, or in a tuple.
 
         Raises:
-            ValueError: sides are not divided by the model's levels, or times or labels are out of range.
+            ValueError: sides are not divided by the model's levels, the sample is of another data type than the
+                weights, or times or labels are out of range.
         """
-        channels, stride = self.config.in_channels, stride_of(self.config)
-        if sample.dim() != 4 or sample.shape[1] != channels or sample.shape[2] % stride or sample.shape[3] % stride:
-            raise ValueError(
-                f"sample has the shape {tuple(sample.shape)}; it must be [batch, {channels}, H, W] with H and W "
-                f"multiples of {stride}"
-            )
+        check_sample(sample, self.config, self.stem_conv.weight)
         for *_, block_output in self.trace(sample, timestep, class_labels):
             output = block_output
         return UNet2DOutput(output) if return_dict else (output,)

@@ -8,7 +8,8 @@ Sources: SDDPM, arXiv 2306.17046; Spiking Diffusion Models, arXiv 2408.16467, an
 `Spk_UNet` and `Spk_UNet_TSM` are `official=True` without and with `tsm=True`.
 """
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from generation.argument_checks import check_whole
+from generation.argument_checks import check_whole, whole_numbers
 from generation.spiking_diffusion.blocks import (
     ACTIVATIONS,
     Activation,
@@ -31,6 +32,7 @@ from generation.spiking_diffusion.blocks import (
     TimeEmbedding,
     Upsample,
     check_threshold,
+    neurons_named,
 )
 from kernels.spiking_neuron.arguments import Settings, check_settings
 
@@ -58,6 +60,21 @@ def check_unet_sizes(config: Mapping[str, Any]) -> None:
     stride = stride_of(config)
     if config["sample_size"] % stride:
         raise ValueError(f"sample_size is {config['sample_size']}; the levels need a multiple of {stride}")
+
+
+def check_sample(sample: Tensor, config: Mapping[str, Any], weight: Tensor) -> None:
+    """Raises `ValueError` unless a U-Net with this configuration and these weights can take the sample."""
+    if not isinstance(sample, Tensor):
+        raise ValueError(f"sample is {reprlib.repr(sample)}; it must be a tensor")
+    channels, stride = config["in_channels"], stride_of(config)
+    if sample.dim() != 4 or sample.shape[1] != channels or any(side % stride for side in sample.shape[2:]):
+        raise ValueError(
+            f"sample has the shape {tuple(sample.shape)}; expected [batch, {channels}, rows, columns], rows and "
+            f"columns multiples of {stride}"
+        )
+    cast = torch.is_autocast_enabled(weight.device.type) and sample.is_floating_point()
+    if sample.dtype != weight.dtype and not cast:
+        raise ValueError(f"sample is of {sample.dtype}; it must be of {weight.dtype}, as the weights are")
 
 
 class SpikingUNet2DModel(ModelMixin, ConfigMixin):
@@ -181,7 +198,8 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         if not 0 < config.readout_decay <= 1:
             raise ValueError(f"readout_decay is {config.readout_decay}; it must be above 0 and at most 1")
         check_threshold(config.threshold)
-        check_settings(Settings(threshold=config.threshold, **self._neuron_options()))
+        # The time constant too where the neurons have none: a typing error shall not wait for another `neuron`.
+        check_settings(Settings(threshold=config.threshold, **self._neuron_options() | {"tau": config.tau}))
 
     def _initialize(self) -> None:
         """The authors' first weights: the entry's are PyTorch's own, except with temporal-wise scales."""
@@ -223,8 +241,8 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         """How neurons fire in a call with these arguments, which are those of `forward`.
 
         Raises:
-            ValueError: a threshold is not above 0, a name is that of no neuron, or the number of time steps is below 1
-                or above the number of temporal-wise scales.
+            ValueError: a threshold is not above 0, a name is that of no part with neurons, or the number of time steps
+                is below 1 or above the number of temporal-wise scales.
         """
         made_for = self.config.snn_timesteps
         if snn_timesteps is not None:
@@ -236,48 +254,37 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         neurons = self.neurons()
         if not all(neuron.spiking for neuron in neurons.values()):
             raise ValueError(f"threshold is {threshold}; a model with neuron='silu' has none")
-        given = threshold if isinstance(threshold, Mapping) else {"": threshold}
+        if not isinstance(threshold, Mapping):
+            check_threshold(threshold)
+            return Firing(steps, dict.fromkeys(neurons.values(), float(threshold)))
         thresholds: dict[Activation, float] = {}
-        for prefix in sorted(given, key=len):
-            check_threshold(given[prefix])
-            named = [neuron for name, neuron in neurons.items() if name.startswith(prefix)]
-            if not named:
-                raise ValueError(f"threshold names {prefix!r}; valid are the beginnings of {', '.join(neurons)}")
-            thresholds |= dict.fromkeys(named, float(given[prefix]))
+        for name, value in sorted(threshold.items(), key=lambda item: len(str(item[0]))):
+            check_threshold(value)
+            thresholds |= dict.fromkeys(neurons_named(neurons, name, "threshold"), float(value))
         return Firing(steps, thresholds)
 
-    def embed(self, count: int, timestep: Tensor | int, class_labels: Tensor | None) -> Tensor:
+    def embed(self, count: int, timestep: Tensor | int, class_labels: Tensor | Sequence[int] | int | None) -> Tensor:
         """`[count, 4 channels]`, of the time and of the class."""
-        timestep = torch.as_tensor(timestep, device=self.stem_conv.weight.device)
-        checked, rows = not torch.compiler.is_compiling(), self.config.num_train_timesteps
-        if checked and timestep.is_floating_point() and (timestep != timestep.round()).any():
-            raise ValueError(f"timestep is {timestep.tolist()}; the embedding table has whole numbers only")
-        timestep = timestep.long()
-        if checked and ((timestep < 0) | (timestep >= rows)).any():
-            raise ValueError(f"timestep is {timestep.tolist()}; it must be from 0 to {rows - 1}")
-        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, count)):
-            raise ValueError(f"timestep has the shape {tuple(timestep.shape)}; one, or one for each of {count} images")
-        embedding = self.time_embedding(timestep.expand(count))
+        device, most = self.stem_conv.weight.device, self.config.num_train_timesteps - 1
+        # Schedulers of diffusers have floating-point times; the embedding table has whole numbers only.
+        timestep = whole_numbers("timestep", timestep, most, f"from 0 to {most}", count, device, floating=True)
+        embedding = self.time_embedding(timestep)
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels are given, but the model was made without num_class_embeds")
             return embedding
-        classes = self.config.num_class_embeds
-        if class_labels is None:
-            class_labels = torch.full((count,), classes, device=self.stem_conv.weight.device)
-        if class_labels.shape != (count,):
-            raise ValueError(f"class_labels has the shape {tuple(class_labels.shape)}; there are {count} images")
-        if checked and ((class_labels < 0) | (class_labels > classes)).any():
-            raise ValueError(
-                f"class_labels is {class_labels.tolist()}; they must be from 0 to {classes - 1}, or {classes} for any"
-            )
-        return embedding + self.class_embedding(class_labels)
+        most = self.config.num_class_embeds
+        class_labels = most if class_labels is None else class_labels
+        valid = f"from 0 to {most - 1}, or {most} for any"
+        return embedding + self.class_embedding(
+            whole_numbers("class_labels", class_labels, most, valid, count, device)
+        )
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | int,
-        class_labels: Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | int | None = None,
         return_dict: bool = True,
         *,
         threshold: float | Mapping[str, float] | None = None,
@@ -288,22 +295,18 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample: `[B, in_channels, H, W]`.
             timestep: of the diffusion: one, or `[B]`.
-            class_labels: `[B]` integers; `num_class_embeds` is any class, as is None.
+            class_labels: one for all images, or `[B]`, whole numbers; `num_class_embeds` is any class, as is None.
             return_dict: in diffusers' output class, or in a tuple.
-            threshold: threshold guidance: at which neurons fire in this call, all of them, or by the beginnings of
-                their names ("up_blocks", "mid_blocks.0.neuron1", the longest counts); None as they were trained.
+            threshold: threshold guidance: at which neurons fire in this call, all of them, or by their names, whole or
+                up to a dot ("stem_neuron", "up_blocks", "up_blocks.1", "mid_blocks.0.neuron1"; the longest counts);
+                None as they were trained.
             snn_timesteps: for which neurons spike in this call; None as they were trained.
 
         Raises:
-            ValueError: sides are not divided by the model's levels, or times, labels, thresholds or steps are out of
-                range.
+            ValueError: sides are not divided by the model's levels, the sample is of another data type than the
+                weights, or times, labels, thresholds or steps are out of range.
         """
-        stride = stride_of(self.config)
-        if sample.dim() != 4 or sample.shape[1] != self.config.in_channels or any(s % stride for s in sample.shape[2:]):
-            raise ValueError(
-                f"sample has the shape {tuple(sample.shape)}; expected [batch, {self.config.in_channels}, rows, "
-                f"columns], rows and columns multiples of {stride}"
-            )
+        check_sample(sample, self.config, self.stem_conv.weight)
         firing = self.firing(threshold, snn_timesteps)
         steps, embedding = firing.steps, self.embed(sample.shape[0], timestep, class_labels)
         x = self.entry_norm(self.entry_conv(self.stem_neuron(self._stem(sample, steps), firing), steps))

@@ -1,7 +1,8 @@
 """The settings of spiking neurons, and the errors where they or the tensors do not fit."""
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,8 +26,18 @@ class Settings:
     detach_reset: bool
 
     def as_arguments(self) -> tuple[Any, ...]:
-        """The fields in order, for an operator, which takes no dataclass."""
-        return astuple(self)
+        """The fields in the order of an operator's arguments, for it takes no dataclass; `Settings(*...)` is back."""
+        # Not `astuple`: it copies every field deeply, and a traced copy is bound to the very object.
+        return (
+            self.threshold,
+            self.tau,
+            self.decay_input,
+            self.reset,
+            self.reset_value,
+            self.surrogate,
+            self.alpha,
+            self.detach_reset,
+        )
 
     @property
     def hard(self) -> bool:
@@ -48,11 +59,16 @@ class Settings:
         return 1.0 if self.tau is None else 1 - 1 / self.tau
 
     @property
-    def reset_slopes(self) -> tuple[float, float]:
-        """What v grows by with s, but for the detached reset, as constant + factor h."""
+    def reset_constant(self) -> float:
+        """dv/ds of the mathematics is `reset_constant` + `reset_factor` h; 0 if the reset is detached."""
         if self.detach_reset:
-            return 0.0, 0.0
-        return (self.rest, -1.0) if self.hard else (-self.threshold, 0.0)
+            return 0.0
+        return self.rest if self.hard else -self.threshold
+
+    @property
+    def reset_factor(self) -> float:
+        """See `reset_constant`."""
+        return -1.0 if self.hard and not self.detach_reset else 0.0
 
     def charge(self, membrane: Tensor, current: Tensor) -> Tensor:
         """h of one step."""
@@ -99,14 +115,17 @@ def check_settings(settings: Settings) -> None:
     for name, choices in (("reset", RESETS), ("surrogate", SURROGATES)):
         if (chosen := getattr(settings, name)) not in choices:
             raise ValueError(f"{name} is {chosen!r}; valid are {', '.join(map(repr, choices))}")
-    if torch.compiler.is_compiling():
-        return
     for name in ("threshold", "alpha"):
-        if not 0 < (value := getattr(settings, name)) < math.inf:
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
-    if settings.tau is not None and not 1 <= settings.tau < math.inf:
-        raise ValueError(f"tau is {settings.tau}; it must be at least 1 and finite, or None for no leak")
-    if not math.isfinite(settings.reset_value):
-        raise ValueError(f"reset_value is {settings.reset_value}; it must be finite")
+        value = getattr(settings, name)
+        if not (_is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r}; it must be a number, positive and finite")
+    if settings.tau is not None and not (_is_number(settings.tau) and 1 <= settings.tau < math.inf):
+        raise ValueError(f"tau is {settings.tau!r}; it must be a number, at least 1 and finite, or None for no leak")
+    if not (_is_number(settings.reset_value) and -math.inf < settings.reset_value < math.inf):
+        raise ValueError(f"reset_value is {settings.reset_value!r}; it must be a number, and finite")
     if not settings.hard and settings.reset_value != 0:
         raise ValueError(f"reset_value is {settings.reset_value}; it must be 0 with reset='soft', which has none")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)

@@ -1,7 +1,11 @@
-"""The `torch` backend: the closed form of the gradient in plain operations, which can be compiled and exported."""
+"""The `torch` backend: the closed form of the gradient in plain operations, which can be compiled and exported.
+
+Gradients of gradients raise; the `reference` backend has them.
+"""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.spiking_neuron.arguments import Settings
 
@@ -19,17 +23,19 @@ class _Neurons(torch.autograd.Function):
         return torch.stack(spikes), state
 
     @staticmethod
+    @once_differentiable  # what fires has no derivative here, so gradients of gradients would be wrong
     def backward(ctx, spike_gradients: Tensor, state_gradient: Tensor):
         current, state = ctx.saved_tensors
         settings = Settings(*ctx.arguments)
-        constant, factor = settings.reset_slopes
         gradients = []
         steps = list(_steps(current, state, settings))
         for (charged, fired, _), gradient in zip(reversed(steps), reversed(spike_gradients.unbind()), strict=True):
             slope = settings.slope(charged - settings.threshold)
             through_spike = gradient
             if not settings.detach_reset:
-                through_spike = torch.addcmul(gradient, state_gradient, constant + factor * charged)
+                through_spike = torch.addcmul(
+                    gradient, state_gradient, settings.reset_constant + settings.reset_factor * charged
+                )
             passed = torch.where(fired, 0.0, state_gradient) if settings.hard else state_gradient
             of_charged = torch.addcmul(passed, through_spike, slope)
             gradients.append(of_charged if settings.current_slope == 1 else of_charged * settings.current_slope)

@@ -14,27 +14,47 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def new_steps(current: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory for a tensor like `current`: dense, time first, the neurons in its order."""
+    """Uninitialised memory for a tensor like `current`: dense, time first, the neurons in its order.
+
+    Raises:
+        ValueError: there is no time step.
+    """
+    if current.shape[0] == 0:
+        raise ValueError(f"current has shape {tuple(current.shape)}; the kernels take one time step at least")
     return torch.empty_like(current[0].expand_as(current), dtype=dtype)
 
 
-def new_state(current: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for one number a neuron, in the order of `current`."""
-    return torch.empty_like(current[0], dtype=dtype)
+def new_state(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for one number a neuron, in the order of `output`, which `new_steps` made.
+
+    The order is taken from there: of an input whose strides are 0, PyTorch chooses one anew with every call.
+    """
+    return torch.empty_like(output[0], dtype=dtype)
 
 
 class Neurons:
-    """The order of the neurons of a tensor that `new_steps` made."""
+    """The order of the neurons of an output, which `new_steps` made."""
 
-    def __init__(self, like: Tensor) -> None:
-        sizes, strides = like.shape[1:], like.stride()[1:]
+    def __init__(self, output: Tensor) -> None:
+        sizes, strides = output.shape[1:], output.stride()[1:]
         # Dimensions of size 1 have strides of no meaning.
         self._order = sorted(range(len(sizes)), key=lambda d: -strides[d] if sizes[d] > 1 else -float("inf"))
 
     def steps(self, tensor: Tensor) -> Tensor:
         """`tensor` (T, ...) as (T, neurons), copied where it lies in another order."""
-        return tensor.permute(0, *(1 + d for d in self._order)).reshape(tensor.shape[0], tensor.shape[1:].numel())
+        return self._ordered_steps(tensor).reshape(tensor.shape[0], tensor.shape[1:].numel())
 
     def state(self, tensor: Tensor) -> Tensor:
         """`tensor` (...) as (neurons,), copied where it lies in another order."""
         return tensor.permute(self._order).reshape(tensor.numel())
+
+    def written_steps(self, output: Tensor) -> Tensor:
+        """`output` (T, ...) as (T, neurons) in the same memory; an error where it lies in another order."""
+        return self._ordered_steps(output).view(output.shape[0], output.shape[1:].numel())
+
+    def written_state(self, output: Tensor) -> Tensor:
+        """`output` (...) as (neurons,) in the same memory; an error where it lies in another order."""
+        return output.permute(self._order).view(output.numel())
+
+    def _ordered_steps(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(0, *(1 + d for d in self._order))

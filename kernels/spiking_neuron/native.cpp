@@ -26,7 +26,7 @@ struct Problem {
     int64_t steps, neurons;
     double threshold, tau, rest, alpha;
     double current_slope, membrane_slope;  // dh/dx and dh/dv
-    double reset_slopes[2];                // dv/ds = first + second h; zeros if the reset is detached
+    double reset_constant, reset_factor;   // dv/ds = constant + factor h; zeros if the reset is detached
     int32_t leak, hard, surrogate;
     Tensor current;        // M (steps, neurons), as are spikes and their gradients
     Tensor initial_state;  // T (neurons), as are all states; null: at rest
@@ -136,7 +136,7 @@ template <typename T, typename M> class Worker {
         const Slope<T, SURROGATE> slope(T(p_.alpha));
         const bool past_caches = past_caches_;
         const T current_slope = T(p_.current_slope), membrane_slope = T(p_.membrane_slope);
-        const T constant = T(p_.reset_slopes[0]), factor = T(p_.reset_slopes[1]);
+        const T constant = T(p_.reset_constant), factor = T(p_.reset_factor);
         Vector<T> of_membranes[VECTORS];
         read_state<WHOLE>(of_membranes, p_.grad_last_state, first, count, T(0));
         for (int64_t t = p_.steps - 1; t >= 0; t--) {

@@ -26,7 +26,8 @@ class Problem(ctypes.Structure):
         ("alpha", ctypes.c_double),
         ("current_slope", ctypes.c_double),
         ("membrane_slope", ctypes.c_double),
-        ("reset_slopes", ctypes.c_double * 2),
+        ("reset_constant", ctypes.c_double),
+        ("reset_factor", ctypes.c_double),
         ("leak", ctypes.c_int32),
         ("hard", ctypes.c_int32),
         ("surrogate", ctypes.c_int32),
@@ -55,9 +56,11 @@ def forward(
     """Spikes and last membrane, an empty one if it is not asked for; arguments as in the operation."""
     dtype = arithmetic_dtype(current, initial_state)
     spikes = new_steps(current, _in_memory(current.dtype, dtype))
-    state = new_state(current, dtype) if return_state else None
-    steps = {"current": current, "spikes": spikes}
-    _run("spiking_neuron_forward", steps, {"initial_state": initial_state, "last_state": state}, dtype, settings)
+    state = new_state(spikes, dtype) if return_state else None
+    neurons = Neurons(spikes)
+    read = _read_fields(neurons, dtype, {"current": current}, {"initial_state": initial_state})
+    written = _written_fields(neurons, {"spikes": spikes}, {"last_state": state})
+    _run("spiking_neuron_forward", current, read | written, settings)
     return spikes.to(current.dtype), current.new_empty(0, dtype=dtype) if state is None else state
 
 
@@ -71,10 +74,12 @@ def backward(
     """Gradients of current and initial state in their dtypes; that of a state that is None is empty."""
     dtype = arithmetic_dtype(current, initial_state)
     of_current = new_steps(current, _in_memory(current.dtype, dtype))
-    of_state = None if initial_state is None else new_state(current, dtype)
-    steps = {"current": current, "grad_spikes": grad_spikes, "grad_current": of_current}
-    states = {"initial_state": initial_state, "grad_last_state": grad_state, "grad_initial_state": of_state}
-    _run("spiking_neuron_backward", steps, states, dtype, settings)
+    of_state = None if initial_state is None else new_state(of_current, dtype)
+    neurons = Neurons(of_current)
+    steps = {"current": current, "grad_spikes": grad_spikes}
+    read = _read_fields(neurons, dtype, steps, {"initial_state": initial_state, "grad_last_state": grad_state})
+    written = _written_fields(neurons, {"grad_current": of_current}, {"grad_initial_state": of_state})
+    _run("spiking_neuron_backward", current, read | written, settings)
     of_state = current.new_empty(0) if initial_state is None else of_state.to(initial_state.dtype)
     return of_current.to(current.dtype), of_state
 
@@ -84,15 +89,25 @@ def _in_memory(dtype: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 and arithmetic == torch.float32 else arithmetic
 
 
-def _run(
-    name: str,
-    steps: dict[str, Tensor | None],
-    states: dict[str, Tensor | None],
-    dtype: torch.dtype,
-    settings: Settings,
-) -> None:
-    """Run a kernel on tensors (T, ...) and (...); those it writes are of `new_steps` and `new_state`."""
-    current = steps["current"]
+def _read_fields(
+    neurons: Neurons, dtype: torch.dtype, steps: dict[str, Tensor | None], states: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Fields of a problem that a kernel reads: (T, ...) and (...) in its dtypes and order, copied where they are not."""
+    memory = _in_memory(steps["current"].dtype, dtype)
+    views = {field: readable(neurons.steps(x.to(memory))) for field, x in steps.items() if x is not None}
+    return views | {field: readable(neurons.state(x.to(dtype))) for field, x in states.items() if x is not None}
+
+
+def _written_fields(
+    neurons: Neurons, steps: dict[str, Tensor], states: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Fields of a problem that a kernel writes, of `new_steps` and `new_state`: never copies."""
+    views = {field: neurons.written_steps(x) for field, x in steps.items()}
+    return views | {field: neurons.written_state(x) for field, x in states.items() if x is not None}
+
+
+def _run(name: str, current: Tensor, fields: dict[str, Tensor], settings: Settings) -> None:
+    """Run a kernel on the tensors of its problem."""
     if current.numel() == 0:
         return
     leak = NO_LEAK if settings.tau is None else INPUT_DECAYS if settings.decay_input else INPUT_STAYS
@@ -105,16 +120,12 @@ def _run(
         alpha=settings.alpha,
         current_slope=settings.current_slope,
         membrane_slope=settings.membrane_slope,
-        reset_slopes=settings.reset_slopes,
+        reset_constant=settings.reset_constant,
+        reset_factor=settings.reset_factor,
         leak=leak,
         hard=settings.hard,
         surrogate=SURROGATES.index(settings.surrogate),
+        **{field: native_tensor(view) for field, view in fields.items()},
     )
-    neurons = Neurons(next(reversed(steps.values())))
-    memory = _in_memory(current.dtype, dtype)
-    views = {field: readable(neurons.steps(x.to(memory))) for field, x in steps.items() if x is not None}
-    views |= {field: readable(neurons.state(x.to(dtype))) for field, x in states.items() if x is not None}
-    for field, view in views.items():
-        setattr(problem, field, native_tensor(view))
     if _function(name)(problem, torch.get_num_threads()) == NO_MEMORY:
         raise MemoryError(f"{name}: no memory for the membranes of {problem.steps} steps")

@@ -1,7 +1,7 @@
 """The native and Triton neurons as PyTorch operators, with fake kernels and gradients.
 
 Each backend's module has the two functions called here. A state that nobody asked for is an empty tensor. Gradients of
-gradients are not defined; use the `torch` backend for them.
+gradients are not defined; use the `reference` backend for them.
 """
 
 from importlib import import_module
@@ -42,7 +42,8 @@ def spiking_neuron(
 def _(current, initial_state, *settings_and_backend):
     *_, return_state, _ = settings_and_backend
     dtype = arithmetic_dtype(current, initial_state)
-    return new_steps(current), new_state(current, dtype) if return_state else current.new_empty(0, dtype=dtype)
+    spikes = new_steps(current)
+    return spikes, new_state(spikes, dtype) if return_state else current.new_empty(0, dtype=dtype)
 
 
 @torch.library.custom_op("gated_vision::spiking_neuron_backward", mutates_args=())
@@ -68,9 +69,10 @@ def spiking_neuron_backward(
 
 @spiking_neuron_backward.register_fake
 def _(grad_spikes, grad_state, current, initial_state, *settings_and_backend):
+    of_current = new_steps(current)
     if initial_state is None:
-        return new_steps(current), current.new_empty(0)
-    return new_steps(current), new_state(current, initial_state.dtype)
+        return of_current, current.new_empty(0)
+    return of_current, new_state(of_current, initial_state.dtype)
 
 
 def _save(ctx, inputs, output):

@@ -28,7 +28,8 @@ def spiking_neuron(current: Tensor, state: Tensor, settings: Settings) -> tuple[
         spikes.append(spike)
         resetting = spike.detach() if settings.detach_reset else spike
         if settings.hard:
-            state = (1 - resetting) * charged + resetting * settings.rest
+            finite = charged.clamp(max=torch.finfo(charged.dtype).max)  # an infinite one is reset, too: 0 * inf is NaN
+            state = (1 - resetting) * finite + resetting * settings.rest
         else:
             state = charged - resetting * settings.threshold
     return torch.stack(spikes) if spikes else current.clone(), state

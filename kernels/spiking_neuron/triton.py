@@ -31,13 +31,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Spikes and last membrane, an empty one if it is not asked for; arguments as in the operation, none float64."""
     spikes = new_steps(current)
-    state = new_state(current, torch.float32) if return_state else None
+    state = new_state(spikes, torch.float32) if return_state else None
     neurons = Neurons(spikes)
     tensors = (
-        *_with_stride(neurons.steps(current)),
-        *_with_stride(neurons.steps(spikes)),
-        _state(neurons, initial_state),
-        _state(neurons, state),
+        *_with_stride(_read_steps(neurons, current)),
+        *_with_stride(neurons.written_steps(spikes)),
+        _read_state(neurons, initial_state),
+        None if state is None else neurons.written_state(state),
     )
     _run(spiking_forward_kernel, current, tensors, (), settings)
     return spikes, current.new_empty(0, dtype=torch.float32) if state is None else state
@@ -52,30 +52,38 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of current and initial state in their dtypes; that of a state that is None is empty."""
     of_current = new_steps(current)
-    of_state = None if initial_state is None else new_state(current, torch.float32)
+    of_state = None if initial_state is None else new_state(of_current, torch.float32)
     neurons = Neurons(of_current)
     narrow = current.dtype != torch.float32
-    gradients = neurons.steps(of_current)
+    gradients = neurons.written_steps(of_current)
     charged = gradients.new_empty(gradients.shape, dtype=torch.float32) if narrow else gradients
     tensors = (
-        *_with_stride(neurons.steps(current)),
-        *(_with_stride(neurons.steps(grad_spikes)) if grad_spikes is not None else (None, 0)),
+        *_with_stride(_read_steps(neurons, current)),
+        *(_with_stride(_read_steps(neurons, grad_spikes)) if grad_spikes is not None else (None, 0)),
         *_with_stride(gradients),
         *_with_stride(charged),
-        *(_state(neurons, state) for state in (initial_state, grad_state, of_state)),
+        _read_state(neurons, initial_state),
+        _read_state(neurons, grad_state),
+        None if of_state is None else neurons.written_state(of_state),
     )
-    numbers = (settings.alpha, settings.current_slope, settings.membrane_slope, *settings.reset_slopes)
+    slopes = (settings.current_slope, settings.membrane_slope, settings.reset_constant, settings.reset_factor)
+    numbers = (settings.alpha, *slopes)
     _run(spiking_backward_kernel, current, tensors, numbers, settings, SURROGATE=settings.surrogate)
     return of_current, current.new_empty(0) if initial_state is None else of_state.to(initial_state.dtype)
 
 
 def _with_stride(steps: Tensor) -> tuple[Tensor, int]:
-    """(T, neurons) with adjacent neurons, and the elements between steps."""
-    steps = steps if steps.stride(1) == 1 or steps.shape[1] <= 1 else steps.contiguous()
+    """(T, neurons), and the elements between steps."""
     return steps, steps.stride(0)
 
 
-def _state(neurons: Neurons, state: Tensor | None) -> Tensor | None:
+def _read_steps(neurons: Neurons, tensor: Tensor) -> Tensor:
+    """(T, neurons) with adjacent neurons."""
+    steps = neurons.steps(tensor)
+    return steps if steps.stride(1) == 1 or steps.shape[1] <= 1 else steps.contiguous()
+
+
+def _read_state(neurons: Neurons, state: Tensor | None) -> Tensor | None:
     return None if state is None else neurons.state(state).float().contiguous()
 
 

@@ -33,9 +33,9 @@ def _charge(v, x, tau, rest, LEAK: tl.constexpr):
     if LEAK == "none":
         h = v + x
     elif LEAK == "with input":
-        h = v + tl.div_rn(x - (v - rest), v * 0 + tau)
+        h = v + tl.div_rn(x - (v - rest), tl.zeros_like(v) + tau)
     else:
-        h = v - tl.div_rn(v - rest, v * 0 + tau) + x
+        h = v - tl.div_rn(v - rest, tl.zeros_like(v) + tau) + x
     return h
 
 
