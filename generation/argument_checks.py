@@ -58,17 +58,19 @@ def whole_numbers(
     """
     import torch
 
-    expected = f"it must be a whole number {valid}, or one for each of {count} images"
+    def wrong(what: str) -> ValueError:  # not in words before it is needed: an exported network has any `count`
+        return ValueError(f"{name} {what}; it must be a whole number {valid}, or one for each of {count} images")
+
     try:
         tensor = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} is {value!r}; {expected}") from None
-    if tensor.dim() > 1 or (tensor.dim() == 1 and len(tensor) not in (1, count)):
-        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; {expected}")
+        raise wrong(f"is {value!r}") from None
+    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] not in (1, count)):
+        raise wrong(f"has the shape {tuple(tensor.shape)}")
     if tensor.is_complex() or tensor.dtype == torch.bool or (tensor.is_floating_point() and not floating):
-        raise ValueError(f"{name} is {value!r}; {expected}")
+        raise wrong(f"is {value!r}")
     if not torch.compiler.is_compiling() and not ((tensor >= 0) & (tensor <= most) & (tensor == tensor.round())).all():
-        raise ValueError(f"{name} is {tensor.tolist()}; {expected}")
+        raise wrong(f"is {tensor.tolist()}")
     return tensor.long().expand(count)
 
 

@@ -1,7 +1,8 @@
 """`python -m generation benchmark SYSTEM`: speed of a generative model beside an unoptimised one of the same numbers.
 
-    python -m generation benchmark lina       linear attention, sampling and memory of LINA
-    python -m generation benchmark spiking    spiking neurons
+    python -m generation benchmark lina              linear attention, sampling and memory of LINA
+    python -m generation benchmark radiance-field    hash grids, rendering and dispatch of Switch-NeRF++
+    python -m generation benchmark spiking           spiking neurons
 
 Each takes --help.
 """
@@ -9,7 +10,11 @@ Each takes --help.
 import sys
 from importlib import import_module
 
-HOME_OF = {"lina": "generation.lina.benchmark", "spiking": "generation.spiking_diffusion.benchmark"}
+HOME_OF = {
+    "lina": "generation.lina.benchmark",
+    "radiance-field": "generation.radiance_field.benchmark",
+    "spiking": "generation.spiking_diffusion.benchmark",
+}
 
 
 def main(arguments: list[str]) -> None:

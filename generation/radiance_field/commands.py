@@ -6,7 +6,7 @@ from pathlib import Path
 
 from generation.argument_checks import check_numbers
 from generation.atomic_files import prepare_output
-from generation.radiance_field.shipped_fields import SHIPPED, check_field
+from generation.radiance_field.shipped_fields import check_field, fields_there
 
 LIMITS = {"frames": (1, 100_000), "rate": (1, 240), "memory": (1, 1 << 20)}
 LARGEST_SIDE = 16384  # pixels
@@ -20,10 +20,13 @@ pictures into the folder fly/. Stopped and started again it goes on; `torchrun` 
 
 
 def size(text: str) -> tuple[int, int]:
-    """(width, height) of a text like 320x240."""
+    """(width, height) of a text like 320x240; even, for the encoder cuts off the last of an odd number of pixels."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and 2 <= int(part) <= LARGEST_SIDE for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}; it must be WIDTHxHEIGHT, each from 2 to {LARGEST_SIDE} pixels")
+    valid = range(2, LARGEST_SIDE + 1, 2)
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) in valid for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; it must be WIDTHxHEIGHT, even, from 2 to {LARGEST_SIDE} pixels each"
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -34,7 +37,7 @@ def render_options(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    models = f"{', '.join(SHIPPED)}, or the folder of a training run or a renderer (default: %(default)s)"
+    models = f"{', '.join([*fields_there(), 'the folder of a training run or a renderer'])} (default: %(default)s)"
     add("model", nargs="?", default="city", help=models)
     add("--path", choices=("orbit", "spiral", "views"), default="orbit", help="of the camera (default: %(default)s)")
     add("--frames", type=int, default=60, help="of the flight (default: %(default)s)")
@@ -48,4 +51,5 @@ def render_options(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--output is {options.output}; it must end in .mp4")
     check_field(options.model)
     prepare_output("--output", options.output)
+    prepare_output("--output", options.output.with_suffix(""), as_folder=True)
     return options

@@ -7,6 +7,7 @@ again, so that what was stopped goes on, and several processes (`torchrun`) shar
 import argparse
 import json
 import os
+import zlib
 from pathlib import Path
 
 import cv2
@@ -20,9 +21,11 @@ from generation.radiance_field.camera_paths import camera_path
 from generation.radiance_field.cameras import Cameras
 from generation.radiance_field.pictures import colour_picture, depth_picture, expert_picture
 from generation.radiance_field.renderer import Renderer
-from generation.radiance_field.shipped_fields import load_field
+from generation.radiance_field.saved_renderer import WEIGHTS, load
+from generation.radiance_field.shipped_fields import check_field
 
 SETTINGS = "settings.json"
+PARTIAL = ".partial-"  # what is written atomically is called so before it is whole
 
 
 def frames_of(renderer: Renderer, cameras: Cameras, index: int, memory: int) -> dict[str, np.ndarray]:
@@ -57,14 +60,16 @@ def write_video(path: Path, frames: list[Path], rate: int) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Of `commands.render_options`."""
-    renderer, taken = load_field(options.model)
+    model = check_field(options.model)
+    renderer, taken = load(model)
     size = (int(taken.width[0]), int(taken.height[0]))
     width, height = options.size or tuple(max(2, round(side * 2 / max(size) * 160) // 2 * 2) for side in size)
     box = renderer.occupancy.box
     cameras = camera_path(options.path, options.frames, taken, box, width, height)
     folder = options.output.with_suffix("")
     told = {"model": str(options.model), "path": options.path, "frames": options.frames, "size": [width, height]}
-    prepare_frames(folder, told)
+    # A model that is trained anew may be in the same place.
+    prepare_frames(folder, told | {"weights": f"{zlib.crc32((model / WEIGHTS).read_bytes()):08x}"})
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     memory, mine = options.memory << 20, range(rank, len(cameras), processes)
     for index in tqdm(mine, desc="frames", unit="frame", disable=rank > 0):
@@ -96,11 +101,16 @@ def prepare_frames(folder: Path, settings: dict) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
+    # Another process may be writing the settings: it is looked for other files first, so that they are not its.
+    others = any(not entry.name.startswith(PARTIAL) for entry in folder.iterdir())
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"--output: {str(path)!r} is damaged; remove {str(folder)!r}: {error}") from error
         if before != settings:
             raise ValueError(f"--output: {str(folder)!r} holds frames of {before}; remove it, or name another output")
-    elif any(folder.iterdir()):
+    elif others:
         raise ValueError(f"--output: {str(folder)!r} is a folder with other files; name another output")
     else:
         write_json(path, settings)

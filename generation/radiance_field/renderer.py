@@ -97,12 +97,13 @@ class Renderer(nn.Module):
         """Take box, distances and background of a scene.
 
         Raises:
-            ValueError: the field has too few embeddings of appearances for it.
+            ValueError: the field has embeddings, but not one for each appearance of the training pictures.
         """
         embedding = self.field.appearance
-        wanted = int(scene.appearance_ids.max()) + 1
-        if embedding is not None and embedding.num_embeddings < wanted:
-            raise ValueError(f"field.appearances is {embedding.num_embeddings}; scene {scene.name!r} has {wanted}")
+        wanted = len(scene.appearance_ids[scene.splits["train"]].unique())
+        if embedding is not None and embedding.num_embeddings != wanted:  # of more, some were noise in their mean
+            given = embedding.num_embeddings
+            raise ValueError(f"field.appearances is {given}; of scene {scene.name!r} it must be {wanted}, or 0")
         self.field.space.box.copy_(scene.box)
         self.occupancy.box.copy_(scene.box)
         self.near.fill_(scene.near)
@@ -135,10 +136,16 @@ class Renderer(nn.Module):
         return composite(said.density, said.colour, *samples, background=background)
 
     def update_occupancy(self, number: int, generator: torch.Generator | None = None) -> bool:
-        """Look at the occupancy grid's cells again if step `number` is one at which that is done."""
+        """Look at the occupancy grid's cells again if step `number` is one at which that is done.
+
+        The field is asked as in evaluation: without noise, and without a capacity that would drop points.
+        """
 
         def density_times_step(points: Tensor) -> Tensor:
+            training = self.field.training
+            self.field.eval()
             parts = [self.field.density(part).density for part in points.split(1 << 15)]
+            self.field.train(training)
             return torch.cat(parts).float() * self.step
 
         return self.occupancy.update(number, density_times_step, generator)
@@ -155,22 +162,25 @@ class Renderer(nn.Module):
         """Draw rays.
 
         Args:
-            origins, directions: `[R, 3]`, directions of unit length.
-            appearance: of which training picture; None for the mean of all.
-            memory: bytes that activations may take, about; how many samples are worked on at once.
+            origins, directions: `[R, 3]`, directions of unit length. A ray without direction meets nothing.
+            appearance: of the training pictures, by number; None for the mean of all.
+            memory: bytes that activations may take, about; how many samples are worked on at once. A ray is drawn
+                whole, however many it has.
 
         Raises:
-            ValueError: rays are none, or hold NaN or infinity, or memory is less than a sample takes.
+            ValueError: rays are none, of another shape, or hold NaN or infinity (on CPU: on GPUs, where to look would
+                be to wait, they mean nothing), or memory is less than a sample takes.
         """
         check_whole("memory", memory, BYTES_A_SAMPLE)
+        if origins.dim() != 2 or origins.shape[1] != 3 or directions.shape != origins.shape or not len(origins):
+            shapes = f"{tuple(origins.shape)} and {tuple(directions.shape)}"
+            raise ValueError(f"origins and directions have shapes {shapes}; both must be (R, 3), of one ray at least")
         parts = []
         for first in range(0, len(origins), RAYS_AT_ONCE):
             some = slice(first, first + RAYS_AT_ONCE)
             samples = self.march(origins[some], directions[some])
             for rays, portion in portions(samples, memory // BYTES_A_SAMPLE):
                 parts.append(self._draw(origins[some][rays], directions[some][rays], portion, appearance))
-        if not parts:
-            raise ValueError(f"origins have shape {tuple(origins.shape)}; there must be at least one ray")
         together = {}
         for field in fields(Drawn):
             several = [getattr(part, field.name) for part in parts]
@@ -208,9 +218,9 @@ def first_rays(samples: Marched, rays: int) -> Marched:
     return Marched(samples.start[:last], samples.end[:last], samples.offsets[: rays + 1])
 
 
-def rays_within(samples: Marched, most: int) -> int:
+def rays_within(offsets: Tensor, most: int) -> int:
     """How many rays, from the first, have at most so many samples together; one at least."""
-    return max(1, int(torch.searchsorted(samples.offsets, most, right=True)) - 1)
+    return max(1, int(torch.searchsorted(offsets, most, right=True)) - 1)
 
 
 def portions(samples: Marched, most: int) -> Iterator[tuple[slice, Marched]]:

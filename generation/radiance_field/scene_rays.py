@@ -15,10 +15,12 @@ from generation.radiance_field.scene_data import load_scene
 
 
 class RayBatches(Dataset):
-    """Batches of rays by number: {"origin", "direction", "colour": `[R, 3]`, "appearance": `[R]`}.
+    """Batches of rays by number: {"origin", "direction", "colour": `[R, 3]`, "appearance", "jitter": `[R]`}.
 
     Pixels are drawn from all of the training pictures, in proportion to their sizes; those that a mask leaves out are
-    not drawn.
+    not drawn. What is transparent has the scene's background behind it. Appearances are numbered among those of the
+    training pictures; the jitter in [0, 1) shifts a ray's samples, and is part of the batch so that processes which
+    share it take the samples that one alone would.
 
     Args:
         scene: of which the training pictures are taken.
@@ -34,6 +36,7 @@ class RayBatches(Dataset):
     def __init__(self, scene: Scene, length: int, batch_size: int, seed: int, share: tuple[int, int]) -> None:
         self.scene, self.length, self.batch_size, self.seed, self.share = scene, length, batch_size, seed, share
         self.frames = scene.splits["train"]
+        self.appearances = scene.appearance_ids[self.frames].unique(return_inverse=True)[1]
         sizes = (scene.cameras.width[self.frames] * scene.cameras.height[self.frames]).numpy()
         self.ends = np.cumsum(sizes)
         self.kept = None
@@ -50,11 +53,13 @@ class RayBatches(Dataset):
         rank, processes = self.share
         generator = np.random.default_rng([self.seed, number])
         drawn = generator.integers(self.ends[-1] if self.kept is None else len(self.kept), size=self.batch_size)
+        jitter = torch.from_numpy(generator.random(self.batch_size, dtype=np.float32)[rank::processes].copy())
         drawn = drawn[rank::processes]
         pixel = drawn if self.kept is None else self.kept[drawn]
-        which = np.searchsorted(self.ends, pixel, side="right")
-        within = torch.from_numpy(pixel - np.where(which, self.ends[which - 1], 0))
-        frame = self.frames[torch.from_numpy(which)]
+        place = np.searchsorted(self.ends, pixel, side="right")
+        within = torch.from_numpy(pixel - np.where(place, self.ends[place - 1], 0))
+        place = torch.from_numpy(place)
+        frame = self.frames[place]
         width = self.scene.cameras.width[frame]
         column, row = within % width, within // width
         origin, direction = self.scene.cameras.rays(frame, column, row)
@@ -62,18 +67,28 @@ class RayBatches(Dataset):
             "origin": origin,
             "direction": direction,
             "colour": self._colours(frame, column, row),
-            "appearance": self.scene.appearance_ids[frame],
+            "appearance": self.appearances[place],
+            "jitter": jitter,
         }
 
     def _colours(self, frame: Tensor, column: Tensor, row: Tensor) -> Tensor:
         """float32 `[R, 3]` in [0, 1]."""
         if isinstance(self.scene.images, Tensor):
-            return self.scene.images[frame, row, column].float() / 255
+            return on_background(self.scene.images[frame, row, column].float() / 255, self.scene.background)
         colours = torch.empty(len(frame), 3)
         for number in frame.unique():
             own = frame == number
-            colours[own] = self.scene.colours(int(number), column[own], row[own])
+            seen = self.scene.colours(int(number), column[own], row[own])
+            colours[own] = on_background(seen, self.scene.background)
         return colours
+
+
+def on_background(colours: Tensor, background: tuple[float, float, float] | None) -> Tensor:
+    """`[..., 3]` of `[..., 3 or 4]`: by its alpha a colour hides the background, black if that is None."""
+    if colours.shape[-1] == 3:
+        return colours
+    behind = colours.new_tensor(background or (0.0, 0.0, 0.0))
+    return torch.lerp(behind, colours[..., :3], colours[..., 3:])
 
 
 class Frames(Dataset):
@@ -98,7 +113,8 @@ class SceneRays(NumberedBatches):
         options: further arguments of `load_scene`.
         batch_size: rays that are drawn for an optimiser step, over all processes together; a training may use fewer.
         rays_per_epoch: an epoch's length, rounded down to whole batches.
-        validated: frames of the held-out ones that are validated on, evenly spaced.
+        validated: frames of the held-out ones that are validated on, evenly spaced. Where processes are more than
+            these, some frames count twice.
         num_workers: processes that draw; 0 draws in the main one.
         seed: of the batches.
 
@@ -117,6 +133,8 @@ class SceneRays(NumberedBatches):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        if rays_per_epoch < batch_size:
+            raise ValueError(f"rays_per_epoch is {rays_per_epoch}; it must be at least batch_size, {batch_size}")
         super().__init__(batch_size, 1, rays_per_epoch, num_workers, seed)
         if city is not None and source != "city":
             raise ValueError(f"city is {city}, but source is {source!r}; it is for source 'city'")
@@ -135,6 +153,8 @@ class SceneRays(NumberedBatches):
     def val_dataloader(self) -> DataLoader:
         held_out = self.scene.splits["val"]
         chosen = torch.linspace(0, max(len(held_out) - 1, 0), min(len(held_out), self.validated)).long()
-        mine = held_out[chosen][self.trainer.global_rank :: self.trainer.world_size]
-        frames = Frames(mine)
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        # A process without a frame would not take part in averaging the scores, and the others would wait for it.
+        mine = chosen[rank % len(chosen) :: processes] if len(chosen) else chosen
+        frames = Frames(held_out[mine])
         return self.loader(frames, lambda: range(len(frames)))

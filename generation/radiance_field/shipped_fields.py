@@ -13,6 +13,11 @@ SHIPPED = {"city": "city_hmohe"}
 INDEX = "config.json"
 
 
+def fields_there() -> list[str]:
+    """Names of the shipped fields that this installation holds."""
+    return [name for name, folder in SHIPPED.items() if (model_folders.CHECKPOINTS / folder / INDEX).is_file()]
+
+
 def check_field(model: str | Path) -> Path:
     """The folder of a radiance field; of a training run, its `renderer`.
 
@@ -23,7 +28,7 @@ def check_field(model: str | Path) -> Path:
     for candidate in (folder / "renderer", folder):
         if (candidate / INDEX).is_file():
             return candidate
-    valid = " or ".join([*SHIPPED, f"a folder with {INDEX}"])
+    valid = " or ".join([*fields_there(), f"a folder with {INDEX}"])
     raise ValueError(f"model is {str(model)!r}; expected {valid}")
 
 

@@ -2,6 +2,11 @@
 
 A step takes as many of a batch's rays, from the first, as have `samples` samples together: their number grows as empty
 space is found.
+
+Several processes share a batch out ray by ray. They tell each other how many samples each ray has, so that together
+they take the rays, with the samples, that one process would; colours count by the rays of the whole step, and the
+balance loss by its experts' loads. Losses and gradients are then those of one process but for the order in which sums
+are rounded. What is drawn or dropped by the points of one process is not: noise of gate or density, and a capacity.
 """
 
 import math
@@ -17,10 +22,13 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from generation.argument_checks import check_choice
 from generation.atomic_files import write_folder_atomically
+from generation.loaded_weights import not_finite
 from generation.numbered_batches import generator_of_batch
+from generation.radiance_field.heads import FieldOutput
 from generation.radiance_field.renderer import Drawn, Renderer, first_rays, rays_within
 from generation.radiance_field.saved_renderer import save
 from generation.radiance_field.scene import Scene
+from generation.radiance_field.scene_rays import on_background
 
 LOSSES = ("smooth_l1", "mse")
 
@@ -36,7 +44,7 @@ class RadianceFieldTraining(pl.LightningModule):
         occupancy: arguments of the occupancy grid.
         step: least length of a sample, in the scene's units.
         cone_angle: growth of samples with distance.
-        samples: of an optimiser step, over all processes together.
+        samples: of a batch, over all processes together; a single ray may have more.
         loss: "smooth_l1", with the transition at `beta`, or "mse".
         beta: see `loss`.
         balance_weight: of the loss that keeps experts equally busy.
@@ -48,7 +56,7 @@ class RadianceFieldTraining(pl.LightningModule):
 
     Raises:
         ValueError: an argument is out of range, or the scene does not fit the field.
-        RuntimeError: the loss is not finite.
+        RuntimeError: the loss or a weight is not finite.
     """
 
     def __init__(
@@ -96,49 +104,79 @@ class RadianceFieldTraining(pl.LightningModule):
         """Take the scene's box, distances and background.
 
         Raises:
-            ValueError: the field has too few embeddings of appearances.
+            ValueError: the field's embeddings of appearances are not as many as the scene's.
         """
         self.renderer.place(self.scene)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        generator = generator_of_batch(self, self.seed, batch_index)
-        self.renderer.update_occupancy(self.global_step, self._shared_generator())
-        jitter = torch.rand(len(batch["origin"]), generator=generator, device=self.device)
-        samples = self.renderer.march(batch["origin"], batch["direction"], jitter)
-        rays = rays_within(samples, self.hparams.samples // self.trainer.world_size)
-        samples = first_rays(samples, rays)
-        said = self.renderer.ask(batch["origin"][:rays], batch["direction"][:rays], samples, batch["appearance"][:rays])
+        own = generator_of_batch(self, self.seed, batch_index)
+        try:
+            # Fields draw their noise from the global generator: a resumed run shall draw what it would have drawn.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(own.initial_seed())
+                return self._step(batch, batch_index)
+        except ValueError as error:
+            if (name := not_finite(self.renderer)) is None:
+                raise
+            message = f"{name} holds NaN or infinity at step {self.global_step}: lower the learning rates"
+            raise RuntimeError(message) from error
+
+    def _step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        if batch_index % self.trainer.accumulate_grad_batches == 0:
+            self.renderer.update_occupancy(self.global_step, self._shared_generator())
+        samples = self.renderer.march(batch["origin"], batch["direction"], batch["jitter"])
+        rays, own = self._rays_of_step(samples.offsets)
+        samples = first_rays(samples, own)
+        said = self.renderer.ask(batch["origin"][:own], batch["direction"][:own], samples, batch["appearance"][:own])
         colour = self.renderer.composite(said, samples).colour
-        wanted = batch["colour"][:rays]
-        error = self.error(colour, wanted)
-        loss = error if said.balance_loss is None else error + self.hparams.balance_weight * said.balance_loss
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} at step {self.global_step}: lower the learning rates")
-        self._log(said, F.mse_loss(colour.detach(), wanted), rays, len(samples.start))
-        return loss
+        wanted = batch["colour"][:own]
+        error = self.error(colour, wanted) / (3 * rays)
+        squared = F.mse_loss(colour.detach(), wanted, reduction="sum") / (3 * rays)
+        loads = error.new_zeros(0) if said.loads is None else said.loads
+        sums = torch.stack([error.detach(), squared, error.new_tensor(len(samples.start))]).double()
+        total = self.trainer.strategy.reduce(torch.cat([sums, loads]), reduce_op="sum")
+        if not math.isfinite(total[0].item()):
+            raise RuntimeError(f"the loss is {total[0].item()} at step {self.global_step}: lower the learning rates")
+        self._log(total, rays)
+        loss = error
+        if said.balance_loss is not None:
+            loss = loss + self.hparams.balance_weight * balance(said, total[3:])
+        return loss * self.trainer.world_size  # over which DDP takes the mean of gradients
+
+    def _rays_of_step(self, offsets: Tensor) -> tuple[int, int]:
+        """How many of the batch's first rays are taken, by all processes together and by this one."""
+        processes, most = self.trainer.world_size, self.hparams.samples
+        if processes > 1:
+            counts = self.all_gather(offsets.diff()).t().flatten()  # in the order of the batch
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+        rays = rays_within(offsets, most)
+        return rays, len(range(self.global_rank, rays, processes))
 
     def error(self, colour: Tensor, wanted: Tensor) -> Tensor:
+        """The sum over rays and channels."""
         if self.hparams.loss == "mse":
-            return F.mse_loss(colour, wanted)
-        return F.smooth_l1_loss(colour, wanted, beta=self.hparams.beta)
+            return F.mse_loss(colour, wanted, reduction="sum")
+        return F.smooth_l1_loss(colour, wanted, beta=self.hparams.beta, reduction="sum")
 
     def _shared_generator(self) -> torch.Generator:
         """The same on all processes, whose occupancy grids stay equal."""
         return torch.Generator(self.device).manual_seed((self.seed + self.global_step * 0x9E3779B1) % 2**32)
 
-    def _log(self, said: Any, mse: Tensor, rays: int, samples: int) -> None:
+    def _log(self, total: Tensor, rays: int) -> None:
+        """Of error, squared error, samples and loads, over all processes."""
+        error, squared, samples, *loads = total.float()
         options = {"prog_bar": True, "batch_size": rays}
-        self.log("train/psnr", -10 * mse.log10(), **options)
-        if said.load_fractions is not None:
-            for expert, share in enumerate(said.load_fractions):
-                self.log(f"load/{expert}", share, **options)
-        self.log_dict({"train/rays": float(rays), "train/samples": float(samples)}, batch_size=rays)
+        self.log("train/psnr", -10 * squared.log10(), **options)
+        for expert, load in enumerate(loads):
+            self.log(f"load/{expert}", load / samples.clamp(min=1), **options)
+        self.log_dict({"train/loss": error, "train/rays": float(rays), "train/samples": samples}, batch_size=rays)
 
     def validation_step(self, batch: dict[str, int], batch_index: int) -> None:
         """PSNR and SSIM of a held-out picture, drawn with the mean appearance."""
         drawn, frame = self.draw(int(batch["frame"])), int(batch["frame"])
-        wanted = torch.as_tensor(self.scene.images[frame])[..., :3].to(self.device).float() / 255
-        scores = measures(drawn.colour, wanted, None if self.scene.masks is None else self.scene.masks[frame])
+        wanted = on_background(torch.as_tensor(self.scene.images[frame]).float() / 255, self.scene.background)
+        mask = None if self.scene.masks is None else self.scene.masks[frame]
+        scores = measures(drawn.colour, wanted.to(self.device), mask)
         named = {f"val/{name}": value for name, value in scores.items()}
         self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=1)
 
@@ -177,6 +215,17 @@ class RadianceFieldTraining(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def balance(said: FieldOutput, loads: Tensor) -> Tensor:
+    """This process's part of the balance loss of the points of all processes; the parts add up to it.
+
+    Args:
+        said: of the points of this process.
+        loads: `[E]`, of the experts, by all processes.
+    """
+    probabilities = said.routing.probabilities.sum(0)
+    return (probabilities * loads.to(probabilities.dtype)).sum() * (len(loads) / loads.sum().clamp(min=1) ** 2)
 
 
 def measures(colour: Tensor, wanted: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:

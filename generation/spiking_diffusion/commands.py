@@ -1,10 +1,12 @@
 """Options of the commands of spiking diffusion, read before anything is imported that takes seconds."""
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from generation.argument_checks import SEEDS, check_numbers
+from generation.argument_checks import SEEDS, check_numbers, check_whole
 from generation.atomic_files import prepare_output
 from generation.model_folders import INDEX
 from generation.spiking_diffusion.shipped_models import check_model, models_there
@@ -13,7 +15,6 @@ LIMITS = {
     "images": (1, 4096),
     "steps": (1, 1000),
     "snn_timesteps": (1, 1024),
-    "label": (0, 2**31),
     "seed": SEEDS,
     "seeds": (0, 4000),  # times `evaluation.SEED_STRIDE` they are still seeds
     "magnify": (1, 64),
@@ -74,6 +75,40 @@ def models() -> str:
     return ", ".join([*models_there(), "or the folder of a model or run"])
 
 
+def check_for_model(options: argparse.Namespace, model: Path) -> None:
+    """What can be asked of a model, by its configuration: PyTorch is not waited for.
+
+    Raises:
+        ValueError: an option is out of range, or not for such a model.
+    """
+    try:
+        config = json.loads((model / "unet" / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return  # loading the model will say it
+    kind, spiking = config.get("_class_name"), config.get("neuron") not in (None, "silu")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    if "steps" in given:
+        check_whole("--steps", given["steps"], 1, config.get("num_train_timesteps", 1000))
+    if (threshold := given.get("threshold")) is not None:
+        if not (math.isfinite(threshold) and threshold > 0):
+            raise ValueError(f"--threshold is {threshold}; it must be a finite number above 0")
+        if not spiking:
+            raise ValueError(f"--threshold is {threshold}; this model, a {kind}, has no neurons with a trained one")
+    if (steps := given.get("snn_timesteps")) is not None:
+        if config.get("neuron") == "silu":
+            raise ValueError(f"--snn-timesteps is {steps}; the twin has no time steps")
+        if not spiking:
+            raise ValueError(f"--snn-timesteps is {steps}; of a {kind} they cannot be changed")
+        check_whole("--snn-timesteps", steps, 1, config["snn_timesteps"] if config.get("tsm") else None)
+    classes = config.get("num_class_embeds")
+    if (label := given.get("label")) is not None:
+        if not classes:
+            raise ValueError(f"--label is {label}; this model knows no classes")
+        check_whole("--label", label, 0, classes - 1)
+    if not classes and given.get("guidance", 1) != 1:
+        raise ValueError(f"--guidance is {given['guidance']}; this model knows no classes, so it must be 1")
+
+
 def sample_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of("sample-spiking", SAMPLE)
     add = parser.add_argument
@@ -93,7 +128,7 @@ def sample_options(arguments: Sequence[str]) -> argparse.Namespace:
     check_numbers(parser, options, LIMITS)
     if options.output.suffix.lower() != ".png":
         parser.error(f"--output is {options.output}; it must end in .png")
-    check_model(options.model)
+    check_for_model(options, check_model(options.model))
     prepare_output("--output", options.output)
     return options
 
@@ -152,8 +187,9 @@ def energy_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threshold", type=float, help="of all neurons (default: what they were trained with)")
     options = parser.parse_args(arguments)
     check_numbers(parser, options, LIMITS)
-    for model in filter(None, (options.model, options.twin)):
-        check_model(model)
+    check_for_model(options, check_model(options.model))
+    if options.twin is not None:
+        check_model(options.twin)
     prepare_output("--output", options.output, as_folder=True)
     return options
 

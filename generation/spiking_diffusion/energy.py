@@ -4,7 +4,8 @@
         unet(sample, timestep)
     report = meter.report(); print(report)
 
-All counts are means of one image and one call of the network, all its T time steps together.
+All counts are means of one image and one call of the network, all its T time steps together. With class guidance a call
+predicts twice for an image, with its class and for any, and both count.
 
     MACs (usual count)   input channels x output channels x kernel area x output positions x runs, padding included
     connections          the same without padding: pairs of an input that exists and an output
@@ -39,11 +40,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from generation.argument_checks import check_whole
+
 MAC_PJ, ACCUMULATE_PJ = 4.6, 0.9  # float32, 45 nm: M. Horowitz, "Computing's energy problem", ISSCC 2014
 FLOAT_BITS = 32
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d, in order
 KEEPS_SPIKES = (F.interpolate, F.dropout)  # what may be done to spikes; the values are looked at afterwards
 LEFT_OUT = "Left out everywhere: memory traffic, neuron updates, norms and other element-wise work."
+BITS = (
+    "Bit Budget: T x bits of a weight x bits of an input, 1 of a spike. S-ACE: multiply-adds of a step times the Bit "
+    "Budget; NS-ACE: of inputs that are not 0 alone."
+)
 UNVERIFIED = "Bit Budget and ACE: formulas from memory, not verified in the text of arXiv 2311.10802."
 
 
@@ -55,7 +62,16 @@ def is_spikes(x: Tensor) -> bool:
 
 
 def reached(size: int, out_size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """`[size]`: how many outputs, along one axis, each input position has a weight to."""
+    """How many outputs, along one axis, each input position has a weight to.
+
+    Args:
+        size: of the input, positions along the axis.
+        out_size: of the output.
+        kernel: of the convolution along the axis, as are the others.
+
+    Returns:
+        `[size]` whole numbers.
+    """
     positions = torch.arange(out_size)[:, None] * stride - padding + torch.arange(kernel) * dilation
     return torch.bincount(positions[(positions >= 0) & (positions < size)], minlength=size)
 
@@ -68,7 +84,7 @@ class LayerEnergy:
         name: of the module that has the weights.
         kind: "convolution" or "linear".
         spike_driven: it accumulates spikes.
-        runs: how often it is applied: T, or 1 where all steps share a result.
+        runs: how often it is applied: T, or 1 where all steps share a result; twice that with class guidance.
         macs_per_run: the usual count.
         connections: MACs without padding, of all runs.
         synaptic_operations: connections whose input is not 0, of all runs.
@@ -125,12 +141,14 @@ class EnergyReport:
         steps: T, the time steps.
         spiking: the network has neurons that spike.
         calls: of the network, over which counts are means.
+        evaluations: predictions for an image in a call: 2 with class guidance.
     """
 
     layers: tuple[LayerEnergy, ...]
     steps: int
     spiking: bool
     calls: int
+    evaluations: int = 1
 
     def total(self, count: str) -> float:
         """The sum over layers of one of their numbers, such as "macs" or "accumulates"."""
@@ -151,8 +169,8 @@ class EnergyReport:
         if not self.spiking:
             return MAC_PJ * layer.macs
         if layer is next((own for own in self.layers if own.kind == "convolution"), None):
-            return MAC_PJ * layer.macs_per_run
-        return ACCUMULATE_PJ * self.steps * layer.activity * layer.macs_per_run
+            return MAC_PJ * self.evaluations * layer.macs_per_run
+        return ACCUMULATE_PJ * self.evaluations * self.steps * layer.activity * layer.macs_per_run
 
     @property
     def paper_pj(self) -> float:
@@ -164,12 +182,12 @@ class EnergyReport:
 
     def as_artificial(self) -> "EnergyReport":
         """The twin with the same layers that runs each once, on real values."""
-        layers = []
+        layers, runs = [], self.evaluations
         for layer in self.layers:
-            once = layer.connections / layer.runs
-            real = {"spike_driven": False, "activity": 1.0, "connections": once, "synaptic_operations": once}
-            layers.append(replace(layer, runs=1.0, **real))
-        return EnergyReport(tuple(layers), 1, False, self.calls)
+            dense = runs * layer.connections / layer.runs
+            real = {"spike_driven": False, "activity": 1.0, "connections": dense, "synaptic_operations": dense}
+            layers.append(replace(layer, runs=float(runs), **real))
+        return EnergyReport(tuple(layers), 1, False, self.calls, self.evaluations)
 
     def bit_budgets(self, weight_bits: int = FLOAT_BITS) -> tuple[BitBudget, ...]:
         """Of this network, by the formula and with the bits of its real-valued inputs; the quantised ANN of the same
@@ -180,12 +198,13 @@ class EnergyReport:
         """
         if weight_bits < 1:
             raise ValueError(f"weight_bits is {weight_bits}; it must be at least 1")
-        once = weight_bits * self.total("macs_per_run")
+        effort = weight_bits * self.evaluations
+        once = effort * self.total("macs_per_run")
         floating = BitBudget(f"ANN A{FLOAT_BITS}W{weight_bits}", FLOAT_BITS * weight_bits, *2 * [FLOAT_BITS * once])
         if not self.spiking:
             return (floating,)
         budget, name = self.steps * weight_bits, f"SNN T={self.steps} W{weight_bits}"
-        active = weight_bits * math.fsum(layer.activity * layer.macs_per_run for layer in self.layers)
+        active = effort * math.fsum(layer.activity * layer.macs_per_run for layer in self.layers)
         spikes, real = weight_bits * self.macs_where(True), FLOAT_BITS * weight_bits * self.macs_where(False)
         return (
             BitBudget(name, budget, self.steps * once, self.steps * active),
@@ -202,6 +221,7 @@ class EnergyReport:
             "steps": self.steps,
             "spiking": self.spiking,
             "calls": self.calls,
+            "evaluations": self.evaluations,
             "layers": [asdict(layer) | {name: getattr(layer, name) for name in derived} for layer in self.layers],
             "totals": {name: self.total(name) for name in totals},
             "spike_driven_macs": self.macs_where(True),
@@ -216,7 +236,7 @@ class EnergyReport:
         """A line for each layer and one for all, with the three models of energy, in Markdown."""
         columns = ("layer", "runs", "MACs", "rate", "accumulates", "multiplications")
         columns += ("paper, nJ", "corrected, nJ", f"S-ACE, W{FLOAT_BITS}")
-        effort = FLOAT_BITS * (self.steps if self.spiking else FLOAT_BITS)  # for a MAC of one step
+        effort = FLOAT_BITS * self.evaluations * (self.steps if self.spiking else FLOAT_BITS)  # for a MAC of one step
         rows = [
             (
                 layer.name,
@@ -238,15 +258,16 @@ class EnergyReport:
         return markdown(columns, rows)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n\n{summary(self)}"
+        return f"{self.table()}\n\n{totals(self)}"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of these columns, the first to the left; a row has a cell for each."""
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def summary(report: EnergyReport, twin: EnergyReport | None = None) -> str:
+def totals(report: EnergyReport, twin: EnergyReport | None = None) -> str:
     """The three models of energy beside the artificial twin's, and what they leave out, in Markdown.
 
     Args:
@@ -262,8 +283,9 @@ def summary(report: EnergyReport, twin: EnergyReport | None = None) -> str:
         energies.append((name, f"{pj / 1e6:,.3f}", f"{theirs / 1e6:,.3f}", f"{100 * pj / theirs:.1f} %"))
     budgets = [*report.bit_budgets()[:-1], *twin.bit_budgets()[-1:]]
     bits = [(b.network, f"{b.budget:,}", f"{b.s_ace:,.0f}", f"{b.ns_ace:,.0f}") for b in budgets]
+    guided = "" if report.evaluations == 1 else f" ({report.evaluations} evaluations, for class guidance)"
     counted = (
-        f"One image, one call of the network, T = {report.steps}, mean of {report.calls} calls: "
+        f"One image, one call of the network{guided}, T = {report.steps}, mean of {report.calls} calls: "
         f"{report.macs_where(True) / 1e6:,.2f} M MACs spike-driven (rate {report.rate:.3f}, "
         f"{report.total('accumulates') / 1e6:,.2f} M synaptic operations), "
         f"{report.macs_where(False) / 1e6:,.2f} M real-valued."
@@ -275,7 +297,7 @@ def summary(report: EnergyReport, twin: EnergyReport | None = None) -> str:
     )
     energy = markdown(("energy, uJ", "this network", "ANN twin", "of the twin's"), energies)
     effort = markdown(("network", "Bit Budget", "S-ACE", "NS-ACE"), bits)
-    return "\n\n".join((counted, energy, effort, f"{basis}\n{UNVERIFIED}\n{LEFT_OUT}"))
+    return "\n\n".join((counted, energy, effort, f"{basis}\n{BITS}\n{UNVERIFIED}\n{LEFT_OUT}"))
 
 
 @dataclass
@@ -330,11 +352,12 @@ class EnergyMeter(TorchFunctionMode):
     Args:
         network: its first argument is a batch of images, and `neurons()` its layers of neurons by name; those whose
             `spiking` is false are none.
+        evaluations: rows of the batch for an image: 2 where class guidance predicts with its class and for any.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, evaluations: int = 1):
         super().__init__()
-        self.network = network
+        self.network, self.evaluations = network, check_whole("evaluations", evaluations, 1)
         modules = network.named_modules()
         self._names = {id(m.weight): name for name, m in modules if isinstance(m, nn.Conv2d | nn.Linear)}
         neurons = network.neurons().values()
@@ -343,7 +366,7 @@ class EnergyMeter(TorchFunctionMode):
         self._handles: list[Any] = []
         self._inside = False
         self._spikes = WeakTensorKeyDictionary()
-        self._images = self._calls = 0
+        self._rows = self._calls = 0
 
     def __enter__(self) -> "EnergyMeter":
         self._handles = [
@@ -360,7 +383,7 @@ class EnergyMeter(TorchFunctionMode):
 
     def _begin(self, network: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
         self._inside = True
-        self._images += len(arguments[0] if arguments else options["sample"])
+        self._rows += len(arguments[0] if arguments else options["sample"])
         self._calls += 1
 
     def _end(self, *_: Any) -> None:
@@ -406,18 +429,19 @@ class EnergyMeter(TorchFunctionMode):
         """
         if not self._counts:
             raise ValueError(f"the meter saw {self._calls} calls and no layer; call the network, uncompiled, in `with`")
+        images = self._rows / self.evaluations
         layers = tuple(
             LayerEnergy(
                 name,
                 counts.kind,
                 counts.spike_driven,
-                counts.runs / self._images,
+                counts.runs / images,
                 counts.macs / counts.runs,
-                counts.connections / self._images,
-                counts.synaptic_operations / self._images,
+                counts.connections / images,
+                counts.synaptic_operations / images,
                 counts.nonzero / counts.inputs,
             )
             for name, counts in self._counts.items()
         )
-        steps = max(round(layer.runs) for layer in layers)
-        return EnergyReport(layers, steps, bool(self._neurons), self._calls)
+        steps = max(round(layer.runs / self.evaluations) for layer in layers)
+        return EnergyReport(layers, steps, bool(self._neurons), self._calls, self.evaluations)

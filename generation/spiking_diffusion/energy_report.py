@@ -1,7 +1,7 @@
 """`python -m generation energy`: what drawing with a spiking diffusion model costs, beside its artificial twin."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from generation.atomic_files import write_atomically, write_json
-from generation.spiking_diffusion.energy import ACCUMULATE_PJ, MAC_PJ, EnergyReport, summary
+from generation.spiking_diffusion.energy import ACCUMULATE_PJ, MAC_PJ, EnergyReport, totals
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline, ddim_scheduler
 from generation.spiking_diffusion.shipped_models import load_pipeline
 
+# That say which layers a network has.
+LAYER_SETTINGS = ("_class_name", "sample_size", "in_channels", "out_channels", "channels", "channel_multipliers")
+LAYER_SETTINGS += ("layers_per_block", "official", "num_class_embeds")
 SHOWN_LAYERS, SHOWN_NEURONS, SHOWN_STEPS = 4, 64, 8  # of the raster
 
 
@@ -51,8 +54,21 @@ def measure(
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Up to `most` of the numbers below `count`, the first and the last among them."""
+    """Up to `most` of the whole numbers from 0 to `count - 1`, rising, the first and the last among them."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
+
+
+def check_twin(name: str, twin: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless a network with the configuration `twin` has the layers of one with `config`."""
+
+    def layers(given: Mapping[str, Any]) -> dict[str, Any]:
+        told = {setting: given.get(setting) for setting in LAYER_SETTINGS}
+        told["out_channels"] = told["out_channels"] or told["in_channels"]
+        return told | {"channel_multipliers": tuple(told["channel_multipliers"])}
+
+    theirs, ours = layers(twin), layers(config)
+    if differing := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if theirs[key] != ours[key]]:
+        raise ValueError(f"--twin is {name!r}, which is no twin of the model: it has {', '.join(differing)}")
 
 
 @contextmanager
@@ -153,11 +169,13 @@ def main(options: argparse.Namespace) -> None:
     """Of `commands.energy_options`."""
     pipeline = load("model", options.model, spiking=True)
     twin_pipeline = load("--twin", options.twin, spiking=False) if options.twin else None
+    if twin_pipeline:
+        check_twin(options.twin, twin_pipeline.unet.config, pipeline.unet.config)
     with recorded_spikes(pipeline.unet, options.steps // 2) as spikes:
         report = measure(pipeline, options.images, options.steps, options.seed, options.threshold)
     # What an artificial network does is the same for all data.
     twin = measure(twin_pipeline, 1, 1) if twin_pipeline else report.as_artificial()
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     write(options.output, report, twin, spikes, settings)
-    print(f"{report.table()}\n\n{summary(report, twin)}")
+    print(f"{report.table()}\n\n{totals(report, twin)}")
     print(f"A generated image takes {options.steps} calls.\nwritten to {options.output}")

@@ -50,7 +50,7 @@ def qualities(
     return found, drawn
 
 
-def summary(found: Sequence[Quality]) -> dict[str, Any]:
+def means(found: Sequence[Quality]) -> dict[str, Any]:
     """Means over seeds, and each seed's numbers."""
     accuracies = [quality.accuracy for quality in found if quality.accuracy is not None]
     return {
@@ -79,13 +79,13 @@ def evaluate(options: argparse.Namespace) -> None:
         each = " ".join(f"{distance:.2f}" for distance in scores["distances"])
         print(f"{name[-31:]:32}{steps:>6}{scores['distance']:9.2f}{accuracy:>10}   {each}", flush=True)
 
-    tell("a fifth of the real images", "", summary([judge.floor()]))
+    tell("a fifth of the real images", "", means([judge.floor()]))
     for name, pipeline in pipelines.items():
         for steps in options.steps:
             found, drawn = qualities(judge, pipeline, options.images, options.seeds, num_inference_steps=steps)
-            tell(name, steps, summary(found))
+            tell(name, steps, means(found))
         shown.append(drawn[:SHOWN])
-    tell("uniform noise", "", summary([judge.ceiling(options.images, size, channels)]))
+    tell("uniform noise", "", means([judge.ceiling(options.images, size, channels)]))
     report = {"data": options.data, "images": options.images, "classifier_accuracy": judge.test_accuracy, "rows": rows}
     write_json(options.output / "scores.json", report)
     magnify = max(1, 48 // size)
@@ -122,7 +122,7 @@ def sweep(options: argparse.Namespace) -> None:
     rows = []
     for threshold in tqdm(sorted(set(options.thresholds) | {trained}), desc="thresholds", unit="threshold"):
         found, _ = qualities(judge, pipeline, options.images, options.seeds, threshold=threshold, **settings)
-        rows.append({"threshold": threshold, **summary(found)})
+        rows.append({"threshold": threshold, **means(found)})
     best = min(rows, key=lambda row: row["distance"])["threshold"]
     ceiling = judge.ceiling(options.images, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
     print(f"a fifth of the real images {judge.floor().distance:.2f}, uniform noise {ceiling.distance:.2f}")
@@ -133,7 +133,7 @@ def sweep(options: argparse.Namespace) -> None:
     held_out = {}
     for name, threshold in (("trained", trained), ("picked", best)):
         found, _ = qualities(judge, pipeline, options.images, [options.held_out_seed], threshold=threshold, **settings)
-        held_out[name] = {"threshold": threshold, **summary(found)}
+        held_out[name] = {"threshold": threshold, **means(found)}
         print(f"held-out seed, {name} threshold {threshold:g}: Frechet distance {found[0].distance:.2f}")
     report = {"model": str(options.model), "images": options.images, "rows": rows, "held_out": held_out}
     write_json(options.output / "sweep.json", report)

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from generation.argument_checks import check_whole
 
 if TYPE_CHECKING:
     from generation.spiking_diffusion.unet import SpikingUNet2DModel
@@ -36,6 +36,34 @@ RENAMED = (
 NEEDED = ("stem_conv.weight", "time_embedding.table", "out_conv.weight", "down_blocks.0.conv1.weight")
 
 
+def read_file(path: Path) -> Mapping[str, Any]:
+    """What a .pt or .safetensors file holds.
+
+    Raises:
+        ValueError: there is no such file, or no dict of tensors and plain values in it.
+    """
+    if path.is_dir():
+        raise ValueError(f"checkpoint is {str(path)!r}, a folder; it must be a .pt or .safetensors file")
+    if not path.is_file():
+        raise ValueError(f"checkpoint is {str(path)!r}; there is no such file")
+    try:
+        safe = path.suffix == ".safetensors"
+        held = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"checkpoint is {str(path)!r}, which cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # Of a file that is none of PyTorch's its unpickler can raise anything. What it says of one with code in it
+        # advises running that code, and is not passed on.
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it must be a file of {'safetensors' if safe else '`torch.save`'}"
+        if code:
+            reason = f"it holds a {code[1]}, and code of a file is not run; save its state dict"
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read as tensors: {reason}") from None
+    if not isinstance(held, Mapping):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(held).__name__}; a dict is needed")
+    return held
+
+
 def read(
     checkpoint: str | Path | Mapping, preferred: tuple[str, ...] = ("net_model", "ema_model")
 ) -> dict[str, Tensor]:
@@ -49,18 +77,12 @@ def read(
         ValueError: there is none.
     """
     if not isinstance(checkpoint, Mapping):
-        path = Path(checkpoint)
-        if not path.is_file():
-            raise ValueError(f"checkpoint is {str(path)!r}; there is no such file")
-        try:
-            tensors = path.suffix == ".safetensors"
-            checkpoint = load_file(path) if tensors else torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read as tensors: {error}") from error
-        if not isinstance(checkpoint, Mapping):
-            raise ValueError(f"checkpoint {str(path)!r} holds a {type(checkpoint).__name__}; a dict is needed")
+        if not isinstance(checkpoint, str | Path):
+            raise ValueError(f"checkpoint is a {type(checkpoint).__name__}; it must be a file or a state dict")
+        checkpoint = read_file(Path(checkpoint))
     state = next((checkpoint[name] for name in preferred if name in checkpoint), checkpoint)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"checkpoint holds no state dict: expected tensors by name, or one of {', '.join(preferred)}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -84,18 +106,26 @@ def configuration(state: Mapping[str, Tensor], snn_timesteps: int = 4) -> dict:
 
     Args:
         snn_timesteps: T of a checkpoint without temporal-wise scales, in which it leaves no trace.
+
+    Raises:
+        ValueError: these are not shapes of such a model.
     """
+    for name in ("stem_conv.weight", "out_conv.weight", "time_embedding.table"):
+        if state[name].dim() != (needed := 2 if name.endswith("table") else 4):
+            raise ValueError(f"checkpoint does not fit: {name} has {state[name].dim()} axes; it must have {needed}")
     blocks = {}
     for name, value in state.items():
         if match := re.fullmatch(r"down_blocks\.(\d+)\.conv1?\.weight", name):
             blocks[int(match[1])] = (name.endswith(".conv.weight"), value.shape[0])
     channels, in_channels = state["stem_conv.weight"].shape[:2]
-    widths, layers = [[]], 0
+    widths = [[]]
     for _, (downsample, width) in sorted(blocks.items()):
         if downsample:
             widths.append([])
         else:
             widths[-1].append(width)
+    if not all(widths):
+        raise ValueError("checkpoint does not fit: its down_blocks have a level without a residual block")
     layers = len(widths[0])
     scale = state.get("stem_conv.step_scale")
     return {
@@ -136,8 +166,8 @@ def load(
         raise ValueError("checkpoint is one of ANN2SNN; QuantizedUNet2DModel.from_official loads it")
     if missing := [name for name in NEEDED if name not in state]:
         raise ValueError(f"checkpoint is not one of SDDPM or SDM: it has no {', '.join(missing)}")
-    if snn_timesteps is not None and (not isinstance(snn_timesteps, int) or snn_timesteps < 1):
-        raise ValueError(f"snn_timesteps is {snn_timesteps!r}; it must be a whole number of at least 1")
+    if snn_timesteps is not None:
+        check_whole("snn_timesteps", snn_timesteps, 1)
     settings = configuration(state, snn_timesteps or 4)
     if settings["tsm"] and snn_timesteps not in (None, settings["snn_timesteps"]):
         raise ValueError(f"snn_timesteps is {snn_timesteps}; the checkpoint has {settings['snn_timesteps']} scales")

@@ -158,17 +158,20 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
             snn_timesteps: for which neurons spike in this call; fewer are faster.
             eta: of DDIM, from 0 (no noise in the steps) to 1 (as DDPM).
             guidance_scale: of classes, against the prediction for any class; 1 is none.
-            generator: one for all images, or one for each: then an image depends on its own generator alone.
+            generator: one for all images, or one for each: then an image depends on its own generator alone, up to
+                rounding, which differs with the number of images (about 1e-5 in float32).
             latents: the noise to begin with, `[B, in_channels, H, W]`; other sizes than `sample_size` work.
             output_type: "pil" (mode L if `in_channels` is 1), "np" `[B, H, W, C]` or "pt" `[B, C, H, W]`, from 0 to 1.
             return_dict: False returns a tuple.
-            collect_energy: count operations and report their energy.
+            collect_energy: count operations and report their energy, for one image and one call of the model; with
+                class guidance a call is two evaluations.
             callback_on_step_end: called with the pipeline, the step, the timestep and a dict of tensors; what it
                 returns under "latents" is gone on with. It may set `interrupt` of the pipeline.
             callback_on_step_end_tensor_inputs: of `latents`, `[B, in_channels, H, W]`.
 
         Raises:
-            ValueError: an argument is out of range or two do not fit, or weights are not finite; nothing is drawn.
+            ValueError: an argument is out of range or two do not fit, weights are not finite, or the scheduler has
+                times that the model does not know; nothing is drawn.
         """
         unet, config = self.unet, self.unet.config
         check_whole("num_inference_steps", num_inference_steps, 1, config.num_train_timesteps)
@@ -196,11 +199,11 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         training = unet.training
-        with self._meter(collect_energy) as meter:
+        with self._meter(collect_energy, 1 if guidance == 1 else 2) as meter:
             if latents is None:
                 shape = (images, config.in_channels, config.sample_size, config.sample_size)
                 latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            self._set_times(num_inference_steps, device)
             latents = latents.to(device, unet.dtype) * self.scheduler.init_noise_sigma
             labels = None if labels is None else labels.expand(images).to(device)
             try:
@@ -235,6 +238,16 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
+    def _set_times(self, steps: int, device: torch.device) -> None:
+        scheduler, most = self.scheduler, self.unet.config.num_train_timesteps - 1
+        scheduler.set_timesteps(steps, device=device)
+        times = torch.as_tensor(scheduler.timesteps).double()
+        if wrong := times[(times != times.round()) | (times < 0) | (times > most)].tolist():
+            raise ValueError(
+                f"scheduler is {type(scheduler).__name__}, which has the time {wrong[0]:g} in {steps} steps; the model "
+                f"knows whole numbers from 0 to {most}: give it timestep_spacing='trailing', or take another"
+            )
+
     def _check_firing(self, threshold: float | Mapping[str, float] | None, steps: int | None) -> dict[str, Any]:
         """Arguments of the model."""
         options = {"threshold": threshold, "snn_timesteps": steps}
@@ -247,14 +260,14 @@ class SpikingDiffusionPipeline(DiffusionPipeline):
             unet.firing(**given)
         return given
 
-    def _meter(self, wanted: bool) -> Any:
+    def _meter(self, wanted: bool, evaluations: int) -> Any:
         if not wanted:
             return nullcontext()
         if hasattr(self.unet, "_orig_mod"):
             raise ValueError("collect_energy is True; nothing is seen of a compiled network, so it must be False")
         from generation.spiking_diffusion.energy import EnergyMeter
 
-        return EnergyMeter(self.unet)
+        return EnergyMeter(self.unet, evaluations)
 
     def _check_labels(self, labels: Any) -> Tensor | None:
         """`[1]` or `[B]`."""

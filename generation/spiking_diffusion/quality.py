@@ -20,6 +20,7 @@ from generation.spiking_diffusion.image_sets import LabelledImages
 
 FEATURES = 64
 TRAINED_SHARE = 0.8
+LEAST_DEVIATION = 1e-6  # of a feature over the real images that is not the same for all
 STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 64, 2e-3
 
 
@@ -90,7 +91,9 @@ class Judge:
         self.classifier.eval().requires_grad_(False)
         self.test_accuracy = (self.verdicts(images[self.tested]) == labels[self.tested]).float().mean().item()
         features = self._raw_features(images)
-        self.mean, self.deviation = features.mean(0), features.std(0)
+        self.mean, deviation = features.mean(0), features.std(0)
+        # Of images that are all the same; what is 0 cannot be divided by.
+        self.deviation = torch.where(deviation > LEAST_DEVIATION, deviation, 1.0)
         self.real = self.features(images)
 
     def _raw_features(self, images: Tensor) -> Tensor:
@@ -105,7 +108,13 @@ class Judge:
         return torch.cat([self.classifier(part).argmax(1) for part in images.split(512)])
 
     def quality(self, images: Tensor, labels: Tensor | None = None) -> Quality:
-        """Of `[N, C, S, S]` images in [-1, 1], N at least 2, asked for as `labels`, `[N]`."""
+        """Of `[N, C, S, S]` images in [-1, 1], N at least 2, asked for as `labels`, `[N]`.
+
+        Raises:
+            ValueError: there are less than 2 images, or numbers in them that are not finite.
+        """
+        if not images.isfinite().all():
+            raise ValueError("images hold numbers that are not finite; the model that drew them is damaged")
         distance = frechet_distance(self.features(images), self.real)
         if labels is None:
             return Quality(distance)

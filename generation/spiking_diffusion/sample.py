@@ -21,7 +21,7 @@ MOST_AT_ONCE, MOST_ACTIVATIONS = 256, 2**24  # images, and numbers of the first 
 def draw_images(
     pipeline: SpikingDiffusionPipeline, count: int, label: int | None, seed: int, **settings: Any
 ) -> Tensor:
-    """`[count, C, S, S]` images in [0, 1]; image i depends on seed + i and the settings alone.
+    """`[count, C, S, S]` images in [0, 1]; image i depends on seed + i and the settings alone, up to rounding.
 
     Args:
         label: class of all; None for all classes in turn, of a model that knows classes.
@@ -60,11 +60,11 @@ def main(options: argparse.Namespace) -> None:
         "guidance_scale": options.guidance,
     }
     if options.energy:
-        from generation.spiking_diffusion.energy import EnergyMeter
+        from generation.spiking_diffusion.energy import EnergyMeter, totals
 
-        with EnergyMeter(pipeline.unet) as meter:
+        with EnergyMeter(pipeline.unet, 1 if options.guidance == 1 else 2) as meter:
             images = draw_images(pipeline, options.images, options.label, options.seed, **settings)
-        print(meter.report().table())
+        print(f"{totals(meter.report())}\nA generated image takes {options.steps} calls.")
     else:
         images = draw_images(pipeline, options.images, options.label, options.seed, **settings)
     metadata = PngImagePlugin.PngInfo()

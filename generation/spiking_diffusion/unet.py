@@ -222,7 +222,8 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         """Load what `save_pretrained` wrote; options as of `ModelMixin.from_pretrained`, settings of the model too.
 
         Raises:
-            ValueError: `snn_timesteps` is not the number of temporal-wise scales of the saved model.
+            ValueError: `snn_timesteps` is not the number of temporal-wise scales of the saved model, or it has such
+                scales and `tsm` is False.
         """
         if "snn_timesteps" in options:
             where = {name: options[name] for name in ("subfolder", "local_files_only", "revision") if name in options}
@@ -231,7 +232,20 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"snn_timesteps is {wanted}; the checkpoint has scales of {saved['snn_timesteps']} time steps"
                 )
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        told = options.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **options)
+        except (RuntimeError, ValueError) as error:
+            # diffusers says it once for each convolution, or of one of them, by whether it has accelerate.
+            if "step_scale" not in str(error):
+                raise
+            raise ValueError(
+                f"snn_timesteps is not the number of temporal-wise scales that {str(pretrained_model_name_or_path)!r} "
+                "holds: its config.json and its weights do not fit together"
+            ) from error
+        if any(name.endswith("step_scale") for name in info["unexpected_keys"]):
+            raise ValueError("tsm is False; the checkpoint has temporal-wise scales, with which it must be True")
+        return (model, info) if told else model
 
     def neurons(self) -> dict[str, Activation]:
         """All layers of neurons, by name; those of the artificial twin are not `spiking`."""
@@ -276,9 +290,7 @@ class SpikingUNet2DModel(ModelMixin, ConfigMixin):
         most = self.config.num_class_embeds
         class_labels = most if class_labels is None else class_labels
         valid = f"from 0 to {most - 1}, or {most} for any"
-        return embedding + self.class_embedding(
-            whole_numbers("class_labels", class_labels, most, valid, count, device)
-        )
+        return embedding + self.class_embedding(whole_numbers("class_labels", class_labels, most, valid, count, device))
 
     def forward(
         self,

@@ -141,7 +141,7 @@ template <typename T, typename M, int D, int F> class Encoder {
         const Level& row = locate(block, level);
         const M* table = static_cast<const M*>(p_.table.data) + row.offset * F;
         for (int64_t i = 0; i < block.count; i++) {
-            typename Row<T, 2 * F>::type sum{};
+            Pair sum{};
 #pragma GCC unroll 8
             for (int j = 0; j < PAIRS; j++)
                 sum += others_[j][i] * pair_at(table, j, i);
@@ -176,21 +176,12 @@ template <typename T, typename M, int D, int F> class Encoder {
         T* table = static_cast<T*>(p_.grad_table.data) + row.offset * F;
         read_gradients(block, level, sorted_.gates + block.first);
         for (int64_t i = 0; i < block.count; i++) {
-            const T w = weights_[0][i];
+            const Pair both = gradient_pair(i);
 #pragma GCC unroll 8
             for (int j = 0; j < PAIRS; j++) {
                 T* low = table + int64_t(rows_[2 * j][i]) * F;
                 T* high = table + int64_t(rows_[2 * j + 1][i]) * F;
-                const T upper = others_[j][i] * w, lower = others_[j][i] - upper;
-                if constexpr (F == 1) {
-                    *low += lower * values_[0][i];
-                    *high += upper * values_[0][i];
-                } else {
-                    using Part = typename Row<T, F>::unaligned;
-                    const typename Row<T, F>::type gradient = gradient_of(i);
-                    *reinterpret_cast<Part*>(low) += lower * gradient;
-                    *reinterpret_cast<Part*>(high) += upper * gradient;
-                }
+                store_pair<F>(low, high, load_pair<F, T>(low, high) + others_[j][i] * both);  // never one row
             }
         }
     }
@@ -255,6 +246,7 @@ template <typename T, typename M, int D, int F> class Encoder {
 
   private:
     static constexpr int PAIRS = 1 << (D - 1);
+    using Pair = typename Row<T, 2 * F>::type;
     using Words = typename Row<uint32_t, LANES<T>>::type;
     using Integers = typename Row<int32_t, LANES<T>>::type;
 
@@ -346,10 +338,12 @@ template <typename T, typename M, int D, int F> class Encoder {
         return load_pair<F, T>(table + int64_t(rows_[2 * j][i]) * F, table + int64_t(rows_[2 * j + 1][i]) * F);
     }
 
-    INLINE auto gradient_of(int64_t i) const {
-        typename Row<T, F>::type out;
+    // A point's gradient, times the factors of the lower and the upper neighbour along the first dimension.
+    INLINE Pair gradient_pair(int64_t i) const {
+        const T upper = weights_[0][i], lower = 1 - upper;
+        Pair out;
 #pragma GCC unroll 8
-        for (int f = 0; f < F; f++) out[f] = values_[f][i];
+        for (int f = 0; f < F; f++) out[f] = lower * values_[f][i], out[F + f] = upper * values_[f][i];
         return out;
     }
 

@@ -44,4 +44,15 @@ template <int F, typename T, typename M> INLINE typename Row<T, 2 * F>::type loa
     }
 }
 
+// The rows must be two.
+template <int F, typename T> INLINE void store_pair(T* low, T* high, typename Row<T, 2 * F>::type pair) {
+    if constexpr (F == 1) {
+        *low = pair[0], *high = pair[1];
+    } else {
+        using Part = typename Row<T, F>::unaligned;
+        *reinterpret_cast<Part*>(low) = low_half<F>(pair);
+        *reinterpret_cast<Part*>(high) = high_half<F>(pair);
+    }
+}
+
 }  // namespace

@@ -24,7 +24,8 @@ Given gs, the gradient of the spikes, and gv, that of the last membrane, then fo
 
 where the products of gv and sigma' are left out if the reset is detached; dh/dx is 1 or 1 / tau and dh/dv 1 or
 1 - 1 / tau. The last gv is the gradient of the initial state. Nothing but the current and the initial state is kept:
-backward computes h again, a block of neurons at a time, in the order of forward and so to the same bits.
+backward computes h again, a block of neurons at a time, in the order of forward and so to the same bits. The gradients
+of what is infinite are not defined. Those of gradients only the `reference` backend has; the others raise.
 
 Sources: Spiking Diffusion Models, arXiv 2408.16467, whose code has integrate and fire, hard reset, atan with alpha 2;
 surrogate gradients, arXiv 1901.09948.

@@ -92,15 +92,13 @@ def _in_memory(dtype: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
 def _read_fields(
     neurons: Neurons, dtype: torch.dtype, steps: dict[str, Tensor | None], states: dict[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Fields of a problem that a kernel reads: (T, ...) and (...) in its dtypes and order, copied where they are not."""
+    """Fields of a problem that a kernel reads, of (T, ...) and (...): copied where dtype or order are not its own."""
     memory = _in_memory(steps["current"].dtype, dtype)
     views = {field: readable(neurons.steps(x.to(memory))) for field, x in steps.items() if x is not None}
     return views | {field: readable(neurons.state(x.to(dtype))) for field, x in states.items() if x is not None}
 
 
-def _written_fields(
-    neurons: Neurons, steps: dict[str, Tensor], states: dict[str, Tensor | None]
-) -> dict[str, Tensor]:
+def _written_fields(neurons: Neurons, steps: dict[str, Tensor], states: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Fields of a problem that a kernel writes, of `new_steps` and `new_state`: never copies."""
     views = {field: neurons.written_steps(x) for field, x in steps.items()}
     return views | {field: neurons.written_state(x) for field, x in states.items() if x is not None}

@@ -141,19 +141,24 @@ def test_energy_is_printed(model, models, tmp_path, capsys):
     capsys.readouterr()
     assert torch.equal(draw(models, tmp_path / "energy.png", "--images", 2, "--energy", model=model), plain)
     said = capsys.readouterr().out
-    assert "stem_conv" in said
-    assert "pJ" in said or "nJ" in said or "uJ" in said or "µJ" in said
+    assert "| energy, uJ | this network | ANN twin | of the twin's |" in said
+    assert "S-ACE: multiply-adds of a step times the Bit Budget" in said
+    assert "A generated image takes 2 calls." in said
 
 
 SAMPLE_ERRORS = [
     (["--images", "0"], "--images is 0; it must be from 1 to 4096"),
     (["--steps", "0"], "--steps is 0"),
-    (["--steps", "21"], "error: num_inference_steps is 21"),
+    (["--steps", "21"], "error: --steps is 21; it must be a whole number from 1 to 20"),
     (["--seed", "-1"], "--seed is -1"),
-    (["--label", "-1"], "--label is -1"),
-    (["--label", "11"], "error: class_labels is [11, 11]; they are"),
-    (["--threshold", "0"], "error: threshold is 0.0; it must be a finite number above 0"),
-    (["--threshold", "nan"], "error: threshold is nan"),
+    *(
+        (["--label", label], f"error: --label is {label}; it must be a whole number from 0 to 9")
+        for label in ("-1", "10")
+    ),
+    *(
+        (["--threshold", value], f"error: --threshold is {float(value)}; it must be a finite number above 0")
+        for value in ("0", "-1", "nan", "inf")
+    ),
     (["--snn-timesteps", "0"], "--snn-timesteps is 0"),
     (["--guidance", "nan"], "--guidance is nan"),
     (["--guidance", "-1"], "--guidance is -1.0"),
@@ -178,12 +183,15 @@ def test_errors_of_sampling(arguments, message, models, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("twin", ["--threshold", "0.9"], "error: threshold is 0.9; a model with neuron='silu' has none"),
-        ("no classes", ["--label", "1"], "this model knows no classes"),
-        ("no classes", ["--guidance", "2"], "error: guidance_scale is 2.0; without class_labels it must be 1"),
+        ("twin", ["--threshold", "0.9"], "error: --threshold is 0.9; this model, a SpikingUNet2DModel, has no neurons"),
+        ("twin", ["--snn-timesteps", "8"], "error: --snn-timesteps is 8; the twin has no time steps"),
+        ("converted", ["--snn-timesteps", "2"], "error: --snn-timesteps is 2; of a QuantizedUNet2DModel they cannot"),
+        ("no classes", ["--label", "1"], "error: --label is 1; this model knows no classes"),
+        ("no classes", ["--guidance", "2"], "error: --guidance is 2.0; this model knows no classes, so it must be 1"),
     ],
 )
-def test_options_that_a_model_does_not_know(model, arguments, message, models, tmp_path, capsys):
+def test_options_that_a_model_does_not_know(model, arguments, message, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load_pipeline", lambda _: pytest.fail("it began"))
     given = ["--model", models / model, "--output", tmp_path / "out.png", "--images", "1", "--steps", "2", *arguments]
     assert message in stopped(capsys, "sample-spiking", *given)
 

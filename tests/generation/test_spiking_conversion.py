@@ -14,12 +14,7 @@ from torch.testing import assert_close
 
 from generation.spiking_diffusion.conversion import OFFICIALLY_SIGNED, conversion_error, convert
 from generation.spiking_diffusion.conversion_tuning import tune
-from generation.spiking_diffusion.quantized_unet import (
-    ConvertedNeuron,
-    QuantizedReLU,
-    QuantizedUNet2DModel,
-    additive_power_of_two_levels,
-)
+from generation.spiking_diffusion.quantized_unet import ConvertedNeuron, QuantizedReLU, QuantizedUNet2DModel
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spiking"
 SCHEDULER = DDPMScheduler(num_train_timesteps=20, beta_end=0.3)
@@ -139,7 +134,6 @@ def test_quantized_relu_is_the_authors(bits):
     assert_close(y, expected["y"], **EXACT)
     assert_close(x.grad, expected["grad_x"], **EXACT)
     assert_close(activation.clip.grad, expected["grad_alpha"], **EXACT)
-    assert_close(additive_power_of_two_levels(bits), expected[f"apot_levels.B{bits}"], **EXACT)
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -235,6 +229,22 @@ def test_stock_pipelines_draw_with_a_saved_conversion(tmp_path, pipeline, schedu
     assert (drawn[0] == drawn[1]).all()
 
 
+def test_a_name_of_signed_neurons_ends_at_a_dot():
+    model = QuantizedUNet2DModel(**SMALL | {"layers_per_block": 5}, snn_timesteps=3, signed=("up_blocks.1",))
+    assert len(model.up_blocks) > 10
+    signed = {name.rpartition(".")[0] for name, neuron in model.neurons().items() if neuron.signed}
+    assert signed == {"up_blocks.1"}
+
+
+@pytest.mark.parametrize("steps", [None, 3], ids=["quantised", "converted"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_loaded_in_another_data_type(dtype, steps, tmp_path):
+    QuantizedUNet2DModel(**SMALL | {"norm": "batch", "snn_timesteps": steps}).save_pretrained(tmp_path)
+    loaded = QuantizedUNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
+    assert {value.dtype for value in loaded.state_dict().values()} == {dtype, torch.int64}
+    assert loaded(torch.zeros(1, 1, 4, 4, dtype=dtype), 3).sample.dtype == dtype
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_batch_norm_commutes_with_the_mean_over_time(bits, norm):
@@ -318,7 +328,14 @@ def test_tuning_is_repeatable():
         ({"signed": True}, "signed is True; without snn_timesteps"),
         ({"snn_timesteps": 0}, "snn_timesteps is 0; it must be a whole number of at least 1"),
         ({"snn_timesteps": 3, "bits": 32}, "snn_timesteps is 3 and bits is 32"),
-        ({"snn_timesteps": 3, "signed": ("tail",)}, "signed names 'tail'; valid are the beginnings of time_embedding"),
+        (
+            {"snn_timesteps": 3, "signed": ("tail",)},
+            "signed names 'tail'; valid are names, whole or up to a dot, of tim",
+        ),
+        (
+            {"snn_timesteps": 3, "signed": "up_blocks"},
+            "signed is 'up_blocks'; it must be True, False or a tuple of name",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(map(str, value.values())),
 )
@@ -335,8 +352,12 @@ def test_arguments_of_the_network(options, words):
         (lambda ann: convert(ann, 0), "steps is 0; it is at least 1"),
         (lambda ann: convert(with_bad_clip(ann)), "ann has mid_blocks.0.activation1.clip = -1.0"),
         (lambda ann: ann(torch.zeros(1, 1, 3, 4), 0), "sample has the shape (1, 1, 3, 4)"),
-        (lambda ann: ann(torch.zeros(1, 1, 4, 4), 20), "timestep is 20; it must be from 0 to 19"),
-        (lambda ann: additive_power_of_two_levels(5), "bits is 5; valid are 2, 3, 4"),
+        (lambda ann: ann(torch.zeros(1, 1, 4, 4), 20), "timestep is 20; it must be a whole number from 0 to 19"),
+        (
+            lambda ann: ann(torch.zeros(1, 1, 4, 4).double(), 1),
+            "sample is of torch.float64; it must be of torch.float32",
+        ),
+        (lambda ann: ann(torch.zeros(1, 1, 4, 4), "a"), "timestep is 'a'; it must be a whole number from 0 to 19"),
         (lambda ann: QuantizedUNet2DModel.from_official({"a": torch.zeros(1)}, 2), "is not one of ANN2SNN: it lacks"),
         (lambda ann: QuantizedUNet2DModel.from_official(official_state(), 32), "bits is 32, but the checkpoint has"),
         (lambda ann: tune(ann, ann, torch.zeros(1, 1, 4, 4), 1), "spiking must be a spiking network"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from generation.__main__ import main
 from generation.spiking_diffusion import commands, energy_report
 from generation.spiking_diffusion.blocks import Activation, Firing
-from generation.spiking_diffusion.energy import EnergyMeter, EnergyReport, is_spikes, reached, summary
+from generation.spiking_diffusion.energy import EnergyMeter, EnergyReport, is_spikes, reached, totals
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.quantized_unet import QuantizedUNet2DModel
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
@@ -313,7 +313,7 @@ def test_what_is_printed():
     text = str(spiking())
     assert all(f"| {layer.name} |" in text for layer in spiking().layers)
     assert all(words in text for words in ("memory traffic", "not verified in the text", "45 nm", "Bit Budget"))
-    assert "| corrected |" in summary(spiking(), measure(make(**TWIN)))
+    assert "| corrected |" in totals(spiking(), measure(make(**TWIN)))
 
 
 def test_wrong_use():
@@ -322,6 +322,8 @@ def test_wrong_use():
         meter.report()
     with pytest.raises(ValueError, match="weight_bits is 0"):
         spiking().bit_budgets(0)
+    with pytest.raises(ValueError, match="evaluations is 0; it must be a whole number of at least 1"):
+        EnergyMeter(unet, 0)
     network = Layers(nn.Conv2d(1, 1, 3, padding="same"))
     with pytest.raises(ValueError, match="padding of a convolution is 'same'"), EnergyMeter(network):
         network(torch.ones(1, 1, 4, 4))
@@ -330,7 +332,11 @@ def test_wrong_use():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for name, options in (("spiking", {}), ("twin", TWIN)):
+    for name, options in (
+        ("spiking", {}),
+        ("twin", TWIN),
+        ("wide twin", TWIN | {"channels": 6, "layers_per_block": 2}),
+    ):
         SpikingDiffusionPipeline(make(**options)).save_pretrained(folder / name)
     return folder
 
@@ -372,10 +378,14 @@ def test_recorded_spikes_are_of_one_call():
         (["{folders}/spiking", "--twin", "{folders}"], "model is"),
         (["{folders}/spiking", "--twin", "{folders}/spiking"], "neuron='silu'"),
         (["{folders}/twin"], "must be a model with spiking neurons"),
-        (["{folders}/spiking", "--threshold", "0"], "threshold is 0"),
+        (
+            ["{folders}/spiking", "--twin", "{folders}/wide twin"],
+            "which is no twin of the model: it has channels 6 instead of 4, layers_per_block 2 instead of 1",
+        ),
+        (["{folders}/spiking", "--threshold", "0"], "--threshold is 0.0; it must be a finite number above 0"),
         (["{folders}/spiking", "--output", "{folders}/spiking/model_index.json"], "--output is"),
     ],
-    ids=["no-model", "no-twin", "spiking-twin", "artificial-model", "threshold", "output"],
+    ids=["no-model", "no-twin", "spiking-twin", "artificial-model", "other-layers", "threshold", "output"],
 )
 def test_wrong_options(folders, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,6 @@
 """The pipeline of spiking diffusion on a tiny model: seeds, guidance, schedulers, saving, and what it refuses."""
 
 import re
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
 )
@@ -84,6 +83,7 @@ SCHEDULERS = {
     "dpmsolver++": multistep,
     "dpmsolver": lambda: multistep(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
     "stochastic dpmsolver++": lambda: multistep(algorithm_type="sde-dpmsolver++"),
+    "euler": lambda: EulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, **BETAS, timestep_spacing="trailing"),
     "pndm": lambda: PNDMScheduler(num_train_timesteps=TIMESTEPS, **BETAS, skip_prk_steps=True),
 }
 
@@ -199,35 +199,30 @@ def test_it_draws_in_evaluation_mode(pipeline):
     assert all(torch.equal(buffer, before[name]) for name, buffer in pipeline.unet.named_buffers())
 
 
-def test_energy(pipeline, monkeypatch):
-    class EnergyMeter:
-        def __init__(self, unet):
-            self.calls, self.hook = 0, unet.register_forward_hook(self.count)
-
-        def count(self, *_):
-            self.calls += 1
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.hook.remove()
-
-        def report(self):
-            return f"{self.calls} calls"
-
-    module = ModuleType("energy")
-    module.EnergyMeter = EnergyMeter
-    monkeypatch.setitem(sys.modules, "generation.spiking_diffusion.energy", module)
-    assert pipeline(num_inference_steps=STEPS, collect_energy=True).energy == f"{STEPS} calls"
-    assert pipeline(num_inference_steps=STEPS).energy is None
-
-
-def test_energy_is_measured(pipeline):
-    pytest.importorskip("generation.spiking_diffusion.energy")
+def test_energy(pipeline):
     metered = pipeline(2, num_inference_steps=2, collect_energy=True, generator=seeds(0)[0], output_type="pt")
-    assert metered.energy is not None
+    assert metered.energy.calls == 2
+    assert {layer.name for layer in metered.energy.layers} >= {"stem_conv", "entry_conv", "out_conv"}
     assert torch.equal(metered.images, draw(pipeline, 2, num_inference_steps=2))
+    assert pipeline(num_inference_steps=2).energy is None
+
+
+def test_class_guidance_costs_both_evaluations(by_class):
+    options = {"class_labels": [1, 2], "num_inference_steps": 1, "collect_energy": True, "output_type": "pt"}
+    options["latents"] = torch.zeros(2, 1, 8, 8)
+    plain, guided = (by_class(guidance_scale=scale, **options).energy for scale in (1.0, 2.0))
+    assert (plain.evaluations, guided.evaluations) == (1, 2)
+    assert (plain.steps, guided.steps) == (4, 4)
+    assert guided.total("macs") == 2 * plain.total("macs")
+    assert guided.total("connections") == 2 * plain.total("connections")
+    # Not exactly, since neurons fire for another class.
+    assert guided.corrected_pj == pytest.approx(2 * plain.corrected_pj, rel=0.2)
+    assert guided.paper_pj == pytest.approx(2 * plain.paper_pj, rel=0.2)
+    assert guided.as_artificial().paper_pj == pytest.approx(2 * plain.as_artificial().paper_pj)
+    assert guided.as_artificial().corrected_pj == pytest.approx(2 * plain.as_artificial().corrected_pj)
+    for ours, theirs in zip(guided.bit_budgets(), plain.bit_budgets(), strict=True):
+        assert (ours.budget, ours.s_ace) == (theirs.budget, pytest.approx(2 * theirs.s_ace))
+    assert "2 evaluations, for class guidance" in str(guided)
 
 
 def test_callbacks(pipeline):
@@ -279,6 +274,16 @@ def test_saved_and_loaded(name, tmp_path, caplog):
     assert "accelerate" not in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_loaded_in_another_data_type(dtype, tmp_path):
+    pipeline = make(num_class_embeds=3)
+    pipeline.unet.float()
+    pipeline.save_pretrained(tmp_path)
+    loaded = SpikingDiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
+    assert {value.dtype for value in loaded.unet.state_dict().values()} == {dtype, torch.int64}
+    assert draw(loaded, 2, [0, 2]).dtype == dtype
+
+
 NOISE = torch.zeros(1, 1, 8, 8)
 REFUSED = {
     **{
@@ -302,7 +307,7 @@ REFUSED = {
     "large eta": ({"eta": 1.5}, "eta is 1.5; it must be a number from 0 to 1"),
     "guidance alone": ({"guidance_scale": 2.0}, "guidance_scale is 2.0; without class_labels it must be 1"),
     "batch and labels": ({"batch_size": 3, "class_labels": [0, 1]}, "batch_size is 3; there are 2 class_labels"),
-    "threshold of nothing": ({"threshold": {"head": 1.0}}, "threshold names 'head'; valid are the beginnings of stem"),
+    "threshold of nothing": ({"threshold": {"head": 1.0}}, "threshold names 'head'; valid are names, whole or up"),
     **{
         f"snn_timesteps={value}": ({"snn_timesteps": value}, f"snn_timesteps is {value}; it must be a whole number")
         for value in (0, 1.5, True)
@@ -332,6 +337,13 @@ def test_refused_before_anything_is_drawn(by_class, name, monkeypatch):
     arguments, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         by_class(**arguments)
+
+
+def test_schedulers_of_other_times_are_refused(pipeline, monkeypatch):
+    fractions = SpikingDiffusionPipeline(pipeline.unet, EulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, **BETAS))
+    monkeypatch.setattr(pipeline.unet, "forward", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=r"scheduler is EulerDiscreteScheduler, which has the time 32\.\d+ in 4 steps"):
+        draw(fractions)
 
 
 def test_refused_for_what_the_model_or_the_scheduler_is(pipeline):

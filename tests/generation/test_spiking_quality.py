@@ -5,8 +5,10 @@ import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from generation.lina.openmoji import to_signed
+from generation.spiking_diffusion.evaluation import qualities
 from generation.spiking_diffusion.image_sets import LabelledImages, load
 from generation.spiking_diffusion.quality import FEATURES, Judge
+from generation.spiking_diffusion.shipped_models import load_pipeline
 
 STEPS = 150
 
@@ -76,3 +78,18 @@ def test_small_sets():
     assert judge.quality(to_signed(images)).distance >= 0
     with pytest.raises(ValueError, match="data holds 1 image; a classifier needs at least 2"):
         Judge(LabelledImages(images[:1], torch.zeros(1, dtype=torch.long), ("all",)), steps=1)
+
+
+def test_images_that_are_all_the_same(judge):
+    assert judge.quality(torch.zeros(20, 1, 8, 8)).distance > judge.floor().distance
+    same = LabelledImages(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.long), ("all",))
+    assert Judge(same, steps=1).ceiling(20, 8, 1).distance > 0
+    with pytest.raises(ValueError, match="images hold numbers that are not finite"):
+        judge.quality(torch.full((20, 1, 8, 8), torch.nan))
+
+
+def test_the_shipped_model_draws_digits(judge):
+    """Measured are 1.5 to 1.7 and 96 to 98.5 %; at a threshold of 0.9, as of a model with a fault, 4.7."""
+    [quality], _ = qualities(judge, load_pipeline("digits"), 200, [0], num_inference_steps=10)
+    assert quality.distance < 2.3
+    assert quality.accuracy > 0.92

@@ -232,6 +232,15 @@ def test_validation_is_the_same_every_time(tmp_path):
     assert 0.9 < first["val/loss_of_average"] < 1.1  # nothing is predicted yet
 
 
+def test_a_short_run_learns_something(tmp_path):
+    """A network that has learned nothing predicts no noise, and its loss is 1."""
+    module = training({"channels": 16, "num_train_timesteps": 200}, learning_rate=4e-3, ema_decay=0.9)
+    fit(module, tmp_path, 100)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    scores = trainer.validate(module, ImageSet(evaluation_batch_size=900), verbose=False)[0]
+    assert scores["val/loss_of_average"] < 0.6
+
+
 def test_labels_that_are_dropped_are_those_of_any_class():
     module = training({"num_class_embeds": 10})
     torch.nn.init.normal_(module.unet.out_conv.weight)

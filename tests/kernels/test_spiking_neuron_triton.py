@@ -12,6 +12,8 @@ from tests.kernels.test_spiking_neuron import (
     VIEWS,
     check,
     check_gradients_of_one_output,
+    check_infinite_currents,
+    currents_of_random_strides,
     each_golden_case,
     each_option,
     each_output,
@@ -44,6 +46,15 @@ def test_sizes(count, steps):
 def test_strides(view):
     current = VIEWS[view]()
     check(current, torch.randn(current.shape[1:]), "triton", tau=2.5)
+
+
+def test_random_strides():
+    for current, state in currents_of_random_strides():
+        check(current, state, "triton", tau=2.5)
+
+
+def test_infinite_currents():
+    check_infinite_currents("triton")
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (3,)], ids=str)
