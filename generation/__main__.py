@@ -12,6 +12,8 @@
     python -m generation energy digits --twin digits-ann                               what neurons do, and its energy
     python -m generation convert-spiking runs/quantized/0 --output runs/converted      quantised to spiking
     python -m generation render city --path orbit --output fly.mp4                     fly through a radiance field
+    python -m generation compare-fields --config configs/generation/city_comparison.yaml
+                                                                                       radiance fields side by side
     python -m generation benchmark lina                                                speed of the models
 
 Each takes --help.
@@ -39,6 +41,7 @@ HOME_OF = {
     "ablation": "generation.lina.ablation",
     "sample-spiking": "generation.spiking_diffusion.sample",
     "render": "generation.radiance_field.render",
+    "compare-fields": "generation.radiance_field.comparison",
     "evaluate-spiking": "generation.spiking_diffusion.evaluation:evaluate",
     "sweep-threshold": "generation.spiking_diffusion.evaluation:sweep",
     "energy": "generation.spiking_diffusion.energy_report",

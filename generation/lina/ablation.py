@@ -23,6 +23,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from generation.atomic_files import prepare_output, write_atomically, write_json
+from generation.finished_runs import finished, keep
 from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
 from generation.lina.shape_scores import score
 from generation.lina.training import LinaTraining
@@ -137,41 +138,6 @@ def settings_of(ablation: Ablation, variant: str, seed: int) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Dotted names of what differs."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        return [] if ours == theirs else [name]
-    keys = {**ours, **theirs}
-    return [
-        different
-        for key in keys
-        for different in (
-            differences(ours[key], theirs[key], f"{name}.{key}".lstrip("."))
-            if key in ours and key in theirs
-            else [f"{name}.{key}".lstrip(".")]
-        )
-    ]
-
-
-def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result in a file, without its settings; None if there is no file.
-
-    Raises:
-        ValueError: it is of a run with other settings, or no result.
-    """
-    if not path.exists():
-        return None
-    advice = "use another output folder, or delete the file"
-    try:
-        result = json.loads(path.read_text())
-        theirs = result.pop("settings")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} does not hold the result of a run with its settings; {advice}") from error
-    if different := differences(settings, theirs):
-        raise ValueError(f"{path} is of a run with other settings: {', '.join(different)} differ; {advice}")
-    return result
-
-
 def result_file(ablation: Ablation, variant: str, seed: int) -> Path:
     return ablation.output / f"{variant}-{seed}.json"
 
@@ -224,9 +190,7 @@ def main(arguments: list[str]) -> None:
     for (variant, seed), result in done.items():
         if result is None:
             done[variant, seed] = result = run(ablation, variant, seed)
-            write_json(
-                result_file(ablation, variant, seed), result | {"settings": settings_of(ablation, variant, seed)}
-            )
+            keep(result_file(ablation, variant, seed), result, settings_of(ablation, variant, seed))
             print(
                 f"{variant}, seed {seed}: {result['steps']} steps, loss {result['loss']:.4f}, "
                 f"all correct {result['all_correct']:.3f}",

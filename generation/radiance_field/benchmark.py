@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -30,52 +29,37 @@ from generation.radiance_field.district_city import City
 from generation.radiance_field.heads import put_back
 from generation.radiance_field.renderer import Renderer, first_rays, ray_of, rays_within
 from generation.radiance_field.switch_nerf import ExpertPerceptrons
-from kernels.expert_dispatch import Routing, combine, dispatch, load_balance_loss, route
+from kernels.expert_dispatch import Routing, combine, dispatch, route
 from kernels.hash_encoding import HashGrid, hash_encoding
 from kernels.interleaved_timing import Timing, machine, print_table, ratio, time_interleaved
 from kernels.native.memory import keep_freed_memory
-from kernels.occupancy_grid import march
+from kernels.occupancy_grid import Marched
 from kernels.volume_rendering import composite
 
-SECTIONS = {
-    "encoding": "Hash encoding, {levels} levels of 2 features, {points} random points, float32",
-    "encoding-kept": "Hash encoding, freed memory kept",
-    "threads": "Hash encoding on one thread and on two, forward and backward, by wall time",
-    "mixture": "Eight grids of 2^{eighth} against one of 2^{whole}, forward and backward",
-    "experts": "Forward and backward by the number of experts",
-    "rendering": "Marching and compositing of a training step's rays in the city",
-    "dispatch": "Routing, sorting and putting back beside the experts, forward and backward",
-    "step": "A training step of the city, by part",
-}
 CORNERS = ((1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0), (0, 1, 0))
 SMALL_POINTS = 4096  # of the comparisons
+LEVELS = 16
 SWITCH_NERF = {"experts": 8, "width": 256, "layers": 7, "skips": (3,)}
+SWITCH_POINTS = 1 << 13
 CITY, CONFIG = City(), "generation/city_hmohe.yaml"
-RAYS, JITTERED_SEED = 4096, 0
+RAYS = 4096
 
 
-@dataclass
 class Run:
-    """How to measure.
+    """How to measure, and what is asked.
 
-    Attributes:
-        seconds: about how long the rounds of a row take.
-        clock: see `time_interleaved`.
-        levels, points: of the hash grids.
-        tables: log2 of their rows a level.
-        samples: of a training step.
-        switch_points: that the experts of Switch-NeRF are given.
-        bars: what is asked and what was found.
+    Args:
+        options: of the command.
     """
 
-    seconds: float
-    clock: Callable[[], float]
-    levels: int
-    points: int
-    tables: list[int]
-    samples: int
-    switch_points: int
-    bars: list[dict[str, Any]]
+    def __init__(self, options: argparse.Namespace):
+        self.seconds, self.points, self.tables = options.seconds, options.points, options.tables
+        # The machine may be busy with other things: one thread is timed by the processor's clock.
+        self.clock = time.process_time if options.threads == 1 else time.perf_counter
+        self.bars: list[dict[str, Any]] = []
+        self.step: CityStep | None = None
+        if not {"rendering", "dispatch", "step"}.isdisjoint(options.only):
+            self.step = CityStep(options.samples)
 
     def time(self, rivals: dict[str, Callable[[], object]], fewest: int = 5) -> dict[str, Timing]:
         return time_interleaved(rivals, seconds=self.seconds, rounds=(fewest, 200), clock=self.clock)
@@ -113,10 +97,10 @@ def expect_equal(what: str, wanted: list[Tensor], actual: list[Tensor], toleranc
             sys.exit(f"{what}: the numbers are not those of the rival")
 
 
-def check_encoding(levels: int, log2_table_size: int) -> None:
+def check_encoding(log2_table_size: int) -> None:
     """Exit unless features and gradients are those of indexing, and in our convention those of the `torch` backend."""
-    points, upstream = torch.rand(SMALL_POINTS, 3), torch.randn(SMALL_POINTS, 2 * levels)
-    size = {"levels": levels, "log2_table_size": log2_table_size}
+    points, upstream = torch.rand(SMALL_POINTS, 3), torch.randn(SMALL_POINTS, 2 * LEVELS)
+    size = {"levels": LEVELS, "log2_table_size": log2_table_size}
     expert, gate = torch.randint(3, (SMALL_POINTS,)), torch.rand(SMALL_POINTS)
     mixture = {"grid": HashGrid(((16, 64), (16, 512), (16, 2048)), **size), "expert": expert, "gate": gate}
     for name, arguments, rival, tolerance in (
@@ -149,22 +133,21 @@ class Encoding:
         torch.autograd.grad(self.form(*self.arguments), self.table, self.upstream)
 
 
-def measure_encoding(run: Run, kept: bool = False) -> list[dict]:
+def measure_encoding(run: Run, memory: str = "") -> list[dict]:
     rows = []
     points = torch.rand(run.points, 3)
     for log2_table_size in run.tables:
-        grids = {c: HashGrid(levels=run.levels, log2_table_size=log2_table_size, convention=c)
+        grids = {c: HashGrid(levels=LEVELS, log2_table_size=log2_table_size, convention=c)
                  for c in ("tiny-cuda-nn", "nerfstudio")}  # fmt: skip
         rivals = {
             "ours": Encoding(hash_encoding, points, grids["tiny-cuda-nn"]),
             "ours, same numbers": Encoding(hash_encoding, points, grids["nerfstudio"]),
             "indexing": Encoding(indexing, points, grids["nerfstudio"]),
         }
-        for pass_name in ("forward", "both"):
-            timings = run.time({name: getattr(rival, pass_name) for name, rival in rivals.items()}, fewest=3)
-            own = run.time({"ours": getattr(rivals["ours"], pass_name)})["ours"].median  # the rival leaves few rounds
+        for name, passes in (("forward", "forward"), ("forward and backward", "both")):
+            timings = run.time({rival: getattr(encoding, passes) for rival, encoding in rivals.items()}, fewest=3)
+            own = run.time({"ours": getattr(rivals["ours"], passes)})["ours"].median  # the rival leaves few rounds
             faster = ratio(timings["indexing"], timings["ours"])
-            name = "forward" if pass_name == "forward" else "forward and backward"
             rows.append(
                 {
                     "rows a level": f"2^{log2_table_size}",
@@ -176,17 +159,16 @@ def measure_encoding(run: Run, kept: bool = False) -> list[dict]:
                     "times faster, same numbers": ratio(timings["indexing"], timings["ours, same numbers"]),
                 }
             )
-            if pass_name == "both":
-                memory = ", memory kept" if kept else ""
+            if passes == "both":
                 run.expect(f"hash encoding 2^{log2_table_size}{memory}, times faster", faster, least=45.0)
     return rows
 
 
-def measure_threads(run: Run) -> list[dict]:
+def measure_scaling(run: Run) -> list[dict]:
     rows = []
     before = torch.get_num_threads()
     for log2_table_size in run.tables:
-        grid = HashGrid(levels=run.levels, log2_table_size=log2_table_size)
+        grid = HashGrid(levels=LEVELS, log2_table_size=log2_table_size)
         encoding = Encoding(hash_encoding, torch.rand(run.points, 3), grid)
 
         def with_threads(count: int, encoding: Encoding = encoding) -> None:
@@ -198,22 +180,19 @@ def measure_threads(run: Run) -> list[dict]:
         torch.set_num_threads(before)
         scaling = ratio(timings["one"], timings["two"])
         best = min(timings["one"].seconds) / min(timings["two"].seconds)
-        rows.append({"rows a level": f"2^{log2_table_size}", "one_ms": 1e3 * timings["one"].median,
-                     "two_ms": 1e3 * timings["two"].median, "scaling": scaling, "scaling of the fastest": best})  # fmt: skip
+        row = {f"{count}_ms": 1e3 * timing.median for count, timing in timings.items()}
+        row |= {"scaling": scaling, "of the fastest runs": best}
+        rows.append({"rows a level": f"2^{log2_table_size}"} | row)
         run.expect(f"hash encoding 2^{log2_table_size}, two threads", scaling, least=1.8)
     return rows
-
-
-def ranges(experts: int) -> list[tuple[float, float]]:
-    """Of the field: finest levels half an octave apart, from 2^11 on, at most 2^14.5."""
-    return [(16.0, 2.0 ** (11 + expert % 8 / 2)) for expert in range(experts)]
 
 
 def measure_mixture(run: Run) -> list[dict]:
     points, eighth = torch.rand(run.points, 3), max(run.tables) - 3
     expert = torch.randint(8, (run.points,))
-    whole = HashGrid(levels=run.levels, log2_table_size=eighth + 3)
-    mixture = HashGrid(ranges(8), levels=run.levels, log2_table_size=eighth)
+    whole = HashGrid(levels=LEVELS, log2_table_size=eighth + 3)
+    finest = [2.0 ** (11 + number / 2) for number in range(8)]  # as the field has them
+    mixture = HashGrid([(16, most) for most in finest], levels=LEVELS, log2_table_size=eighth)
     encodings = {
         "one grid": Encoding(hash_encoding, points, whole),
         "8 experts, points sorted": Encoding(hash_encoding, points, mixture, expert=expert.sort().values),
@@ -236,7 +215,7 @@ def measure_experts(run: Run) -> list[dict]:
     ):
         encodings = {}
         for experts, size in zip(counts, sizes, strict=True):
-            grid = HashGrid([(16, 2048)] * experts, levels=run.levels, log2_table_size=size)
+            grid = HashGrid([(16, 2048)] * experts, levels=LEVELS, log2_table_size=size)
             expert = torch.randint(experts, (run.points,)).sort().values
             encodings[experts] = Encoding(hash_encoding, points, grid, expert=expert)
         timings = run.time({str(experts): encoding.both for experts, encoding in encodings.items()})
@@ -248,29 +227,38 @@ def measure_experts(run: Run) -> list[dict]:
 
 
 class CityStep:
-    """A training step of the city's configuration, its rays and samples; cells are occupied where surfaces are."""
+    """A training step of the city's configuration, its rays and samples; cells are occupied where surfaces are.
+
+    The parts, forward and backward, are methods that take nothing: each alone on what it has in the step.
+    """
 
     def __init__(self, samples: int):
         settings = yaml.safe_load((files("configs") / CONFIG).read_text())["model"]["init_args"]
         self.renderer = Renderer(*(settings[name] for name in ("kind", "field", "occupancy", "step"))).train()
-        scene = load_city(CITY)
+        self.field, scene = self.renderer.field, load_city(CITY)
         self.renderer.place(scene)
-        generator = torch.Generator().manual_seed(JITTERED_SEED)
-        pictures = [scene.cameras.image_rays(int(frame)) for frame in scene.splits["train"]]
-        origins, directions = (torch.cat([x.reshape(-1, 3) for x in part]) for part in zip(*pictures, strict=True))
-        depths = scene.depths[scene.splits["train"]].flatten()
+        train = scene.splits["train"]
+        rays = [[part.reshape(-1, 3) for part in scene.cameras.image_rays(int(frame))] for frame in train]
+        origins, directions = (torch.cat(part) for part in zip(*rays, strict=True))
+        depths = scene.depths[train].flatten()
         met = depths.isfinite()
         self._occupy(origins[met] + depths[met, None] * directions[met])
-        drawn = torch.randint(len(origins), (RAYS,), generator=generator)
-        self.origins, self.directions = origins[drawn], directions[drawn]
-        self.jitter = torch.rand(RAYS, generator=generator)
-        self.wanted = scene.images[scene.splits["train"]].flatten(0, 2)[drawn][:, :3] / 255
+        drawn = torch.randint(len(origins), (RAYS,))
+        self.origins, self.directions, self.jitter = origins[drawn], directions[drawn], torch.rand(RAYS)
         marched = self.march()
-        self.rays = rays_within(marched.offsets, samples)
+        self.marched, self.rays = len(marched.start), rays_within(marched.offsets, samples)
+        self.wanted = scene.images[train].flatten(0, 2)[drawn[: self.rays], :3] / 255
         self.samples = first_rays(marched, self.rays)
         ray, middle = ray_of(self.samples), (self.samples.start + self.samples.end) / 2
         self.along = self.directions[ray]
-        self.unit = self.renderer.field.space(self.origins[ray] + middle[:, None] * self.along)
+        self.unit = self.field.space(self.origins[ray] + middle[:, None] * self.along)
+        self.density, self.colour = _leaf(torch.rand(len(ray)) * 20), _leaf(torch.rand(len(ray), 3))
+        self.scores = _leaf(self.field.gate(self.unit))
+        self.routing = route(self.scores.detach())
+        self.sorted_unit, self.sorted_along = (dispatch(x, self.routing).tokens for x in (self.unit, self.along))
+        self.expert, self.gates = _sorted_expert(self.routing), _leaf(torch.rand(len(ray)))
+        self.features = _leaf(self._features())
+        self.optimizer = torch.optim.Adam(self.renderer.parameters(), 1e-4, fused=True)
 
     def _occupy(self, surface: Tensor) -> None:
         """Cells that hold points `[N, 3]` of the world, and their neighbours."""
@@ -281,172 +269,138 @@ class CityStep:
         held[(0, *cells.T)] = 1
         grid.occupied.copy_(F.max_pool3d(held, 3, 1, 1) > 0)
 
-    def march(self, backend: str | None = None):
-        occupancy, near, far = self.renderer.occupancy, float(self.renderer.near), float(self.renderer.far)
+    def march(self, backend: str | None = None) -> Marched:
+        near, far = float(self.renderer.near), float(self.renderer.far)
         options = {"step": self.renderer.step, "jitter": self.jitter, "backend": backend}
-        return march(self.origins, self.directions, near, far, occupancy.occupied, occupancy.box, **options)
+        return self.renderer.occupancy.march(self.origins, self.directions, near, far, **options)
 
-    def composite(self, density: Tensor, colour: Tensor, backend: str | None = None):
-        return composite(density, colour, *self.samples, background=self.renderer.background, backend=backend)
+    def gate(self) -> None:
+        _back(self.field.gate(self.unit))
 
-    def error(self, colour: Tensor) -> Tensor:
-        return F.smooth_l1_loss(colour, self.wanted[: self.rays], beta=0.1)
+    def dispatch(self) -> None:
+        """Points and directions go to the experts, densities and colours come back."""
+        chosen = route(self.scores)
+        sent = dispatch((chosen.gates[0] * self.field.gate_scale)[:, None], chosen).tokens
+        dispatch(self.unit, chosen), dispatch(self.along, chosen), _sorted_expert(chosen)
+        _back(sent, put_back(self.density[:, None], chosen), put_back(self.colour, chosen))
+
+    def _features(self) -> Tensor:
+        return self.field.experts(self.sorted_unit, self.expert, self.gates)
+
+    def experts(self) -> None:
+        _back(self._features())
+
+    def heads(self) -> None:
+        raw = self.field.base(self.features)
+        _back(self.field.density_of(raw), self.field.colour_of(raw, self.sorted_along, None))
+
+    def composite(self, backend: str | None = None) -> list[Tensor]:
+        """Colours and gradients."""
+        options = {"background": self.renderer.background, "backend": backend}
+        colour = composite(self.density, self.colour, *self.samples, **options).colour
+        return [colour.detach(), *torch.autograd.grad(self._error(colour), (self.density, self.colour))]
+
+    def _error(self, colour: Tensor) -> Tensor:
+        return F.smooth_l1_loss(colour, self.wanted, beta=0.1)
 
     def whole(self) -> None:
-        """From rays to gradients."""
-        marched = first_rays(self.march(), self.rays)
-        said = self.renderer.ask(self.origins[: self.rays], self.directions[: self.rays], marched)
-        (self.error(self.renderer.composite(said, marched).colour) + 1e-2 * said.balance_loss).backward()
-
-
-def check_rendering(step: CityStep) -> None:
-    """Exit unless samples, colours and gradients of the kernels are those of the `torch` backends."""
-    marched = [[x.double() for x in step.march(backend)] for backend in ("torch", "native")]
-    expect_equal("marching", *marched, 1e-6)
-    count = len(step.samples.start)
-    density, colour = torch.rand(count).mul_(20).requires_grad_(), torch.rand(count, 3, requires_grad=True)
-    results = []
-    for backend in ("torch", "native"):
-        made = step.composite(density, colour, backend).colour
-        gradients = torch.autograd.grad(step.error(made), (density, colour))
-        results.append([made.detach(), *gradients])
-    expect_equal("compositing", *results, 1e-4)
-
-
-def measure_rendering(run: Run, step: CityStep) -> list[dict]:
-    count = len(step.samples.start)
-    density, colour = torch.rand(count).mul_(20).requires_grad_(), torch.rand(count, 3, requires_grad=True)
-
-    def composited(backend: str) -> None:
-        torch.autograd.grad(step.error(step.composite(density, colour, backend).colour), (density, colour))
-
-    rows = []
-    for name, form, rays in (
-        ("marching", step.march, RAYS),
-        ("compositing, forward and backward", composited, step.rays),
-    ):
-        timings = run.time({backend: partial(form, backend) for backend in ("native", "torch")})
-        rows.append({"of": name, "rays": rays, "samples": count if rays == step.rays else len(step.march().start),
-                     "native_ms": 1e3 * timings["native"].median, "torch_ms": 1e3 * timings["torch"].median,
-                     "times faster": ratio(timings["torch"], timings["native"])})  # fmt: skip
-    return rows
-
-
-def measure_dispatch(run: Run, step: CityStep) -> list[dict]:
-    return [*_city_dispatch(run, step), _switch_dispatch(run)]
+        self.optimizer.zero_grad()
+        samples = first_rays(self.march(), self.rays)
+        said = self.renderer.ask(self.origins[: self.rays], self.directions[: self.rays], samples)
+        (self._error(self.renderer.composite(said, samples).colour) + 1e-2 * said.balance_loss).backward()
+        self.optimizer.step()
 
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def sorted_expert(routing: Routing) -> Tensor:
+def _back(*made: Tensor) -> None:
+    """Gradients of half the sum of squares."""
+    torch.autograd.backward(made, [tensor.detach() for tensor in made])
+
+
+def _sorted_expert(routing: Routing) -> Tensor:
     return routing.indices[0].index_select(0, routing.places.order)
 
 
-def _city_dispatch(run: Run, step: CityStep) -> list[dict]:
-    """Points and directions go to the experts, densities and colours come back."""
-    field, unit = step.renderer.field, step.unit
-    scores = _leaf(field.gate(unit))
-    routing = route(scores.detach())
-    rows, along, expert = dispatch(unit, routing).tokens, dispatch(step.along, routing).tokens, sorted_expert(routing)
-    gate = _leaf(torch.rand(len(unit)))
-    said = _leaf(torch.rand(len(unit), 4))
-
-    def overhead() -> None:
-        chosen = route(scores)
-        sent = dispatch((chosen.gates[0] * field.gate_scale)[:, None], chosen).tokens
-        dispatch(unit, chosen), dispatch(step.along, chosen), sorted_expert(chosen)
-        back = [put_back(said[:, :1], chosen), put_back(said[:, 1:], chosen)]
-        torch.autograd.backward([sent, *back], [sent.detach(), *(x.detach() for x in back)])
-
-    def grids() -> Tensor:
-        return field.experts(rows, expert, gate)
-
-    def experts() -> None:
-        features = grids()
-        features.backward(features.detach())
-
-    def with_heads() -> None:
-        raw = field.base(grids())
-        density, colour = field.density_of(raw), field.colour_of(raw, along, None)
-        torch.autograd.backward([density, colour], [density.detach(), colour.detach()])
-
-    timings = run.time({"dispatch": overhead, "experts": experts, "heads": with_heads})
-    return [_share(run, f"city, hash experts{more}", len(unit), timings["dispatch"], timings[name])
-            for name, more in (("experts", " alone"), ("heads", " and their heads"))]  # fmt: skip
+def check_rendering(step: CityStep) -> None:
+    """Exit unless samples, colours and gradients of the kernels are those of the `torch` backends."""
+    expect_equal("marching", *([x.double() for x in step.march(form)] for form in ("torch", "native")), 1e-6)
+    expect_equal("compositing", *(step.composite(form) for form in ("torch", "native")), 1e-4)
 
 
-def _switch_dispatch(run: Run) -> dict:
-    count, width = run.switch_points, SWITCH_NERF["width"]
-    experts = ExpertPerceptrons(**SWITCH_NERF)
+def measure_rendering(run: Run) -> list[dict]:
+    step = run.step
+    rows = []
+    for name, form, rays, samples in (
+        ("marching", step.march, RAYS, step.marched),
+        ("compositing, forward and backward", step.composite, step.rays, len(step.unit)),
+    ):
+        timings = run.time({backend: partial(form, backend) for backend in ("native", "torch")})
+        times = {f"{backend}_ms": 1e3 * timing.median for backend, timing in timings.items()}
+        faster = ratio(timings["torch"], timings["native"])
+        rows.append({"of": name, "rays": rays, "samples": samples} | times | {"times faster": faster})
+    return rows
+
+
+def measure_dispatch(run: Run) -> list[dict]:
+    step = run.step
+    timings = run.time({"dispatch": step.dispatch, "experts": step.experts, "heads": step.heads})
+    overhead, experts, heads = timings.values()
+    with_heads = Timing([a + b for a, b in zip(experts.seconds, heads.seconds, strict=True)])
+    count, width = SWITCH_POINTS, SWITCH_NERF["width"]
+    layers = ExpertPerceptrons(**SWITCH_NERF)
     tokens, scores = _leaf(torch.randn(count, width)), _leaf(torch.randn(count, SWITCH_NERF["experts"]))
     sent = dispatch(tokens.detach(), route(scores.detach()))
 
-    def overhead() -> None:
+    def there_and_back() -> None:
         routing = route(scores)
-        back = combine(dispatch(tokens, routing).tokens, routing)
-        back.backward(back.detach())
+        _back(combine(dispatch(tokens, routing).tokens, routing))
 
-    def mixture() -> None:
-        out = experts(sent.tokens, sent.starts)
-        out.backward(out.detach())
-
-    timings = run.time({"dispatch": overhead, "experts": mixture}, fewest=3)
-    return _share(run, f"Switch-NeRF, {width} wide", count, timings["dispatch"], timings["experts"])
-
-
-def _share(run: Run, name: str, points: int, overhead: Timing, experts: Timing) -> dict:
-    percent = 100 * ratio(overhead, experts)
-    run.expect(f"dispatch of {name}, percent of the experts' time", percent, most=15.0)
-    times = {"dispatch_ms": 1e3 * overhead.median, "experts_ms": 1e3 * experts.median}
-    return {"of": name, "points": points} | times | {"percent": percent}
+    switch = run.time({"dispatch": there_and_back, "experts": lambda: _back(layers(sent.tokens, sent.starts))}, 3)
+    rows = []
+    for name, points, spent, on in (
+        ("the city's hash experts without their heads", len(step.unit), overhead, experts),
+        ("the city's hash experts and heads", len(step.unit), overhead, with_heads),
+        (f"Switch-NeRF's experts, {width} wide", count, switch["dispatch"], switch["experts"]),
+    ):
+        percent = 100 * ratio(spent, on)
+        run.expect(f"dispatch, percent of {name}", percent, most=15.0)
+        times = {"dispatch_ms": 1e3 * spent.median, "experts_ms": 1e3 * on.median}
+        rows.append({"of": name, "points": points} | times | {"percent": percent})
+    return rows
 
 
-def measure_step(run: Run, step: CityStep) -> list[dict]:
-    """Each part alone on what it has in the step, forward and backward, and the whole."""
-    renderer, field, unit = step.renderer, step.renderer.field, step.unit
-    optimizer = torch.optim.Adam(renderer.parameters(), 1e-4, fused=True)
-    routing = route(field.gate(unit).detach())
-    rows, along, expert = dispatch(unit, routing).tokens, dispatch(step.along, routing).tokens, sorted_expert(routing)
-    gate = _leaf(dispatch(routing.gates[0][:, None], routing).tokens[:, 0])
-    features = _leaf(field.experts(rows, expert, gate))
-    density, colour = _leaf(torch.rand(len(unit))), _leaf(torch.rand(len(unit), 3))
+def measure_step(run: Run) -> list[dict]:
+    step = run.step
+    step.whole()  # leaves gradients, for the optimiser
+    parts = {
+        "marching": step.march,
+        "gate": step.gate,
+        "dispatch": step.dispatch,
+        "experts": step.experts,
+        "heads": step.heads,
+        "compositing": step.composite,
+        "optimiser": step.optimizer.step,
+    }
+    timings = run.time(parts | {"whole step": step.whole})
+    times = {name: 1e3 * timing.median for name, timing in timings.items()}
+    whole = times.pop("whole step")
+    times |= {"everything else": whole - sum(times.values()), "whole step": whole}
+    return [{"part": name, "ms": ms, "percent": 100 * ms / whole} for name, ms in times.items()]
 
-    def gating() -> None:
-        chosen = route(field.gate(unit))
-        (load_balance_loss(chosen.probabilities, chosen.indices[0]) + chosen.gates.sum()).backward()
 
-    def experts() -> None:
-        made = field.experts(rows, expert, gate)
-        made.backward(features.detach())
-
-    def heads() -> None:
-        raw = field.base(features)
-        made = [put_back(field.density_of(raw)[:, None], routing), put_back(field.colour_of(raw, along, None), routing)]
-        torch.autograd.backward(made, [x.detach() for x in made])
-
-    def composited() -> None:
-        step.error(step.composite(density, colour).colour).backward()
-
-    def optimise() -> None:
-        optimizer.step()
-
-    def whole() -> None:
-        optimizer.zero_grad()
-        step.whole()
-        optimizer.step()
-
-    whole()  # gradients that the optimiser can take
-    parts = {"marching": step.march, "gate": gating, "experts": experts, "heads": heads,
-             "compositing": composited, "optimiser": optimise}  # fmt: skip
-    timings = run.time(parts | {"whole step": whole})
-    total = timings["whole step"].median
-    found = [{"part": name, "ms": 1e3 * timing.median, "percent": 100 * timing.median / total}
-             for name, timing in timings.items()]  # fmt: skip
-    rest = total - sum(timings[name].median for name in parts)
-    found.insert(-1, {"part": "everything else", "ms": 1e3 * rest, "percent": 100 * rest / total})
-    return found
+SECTIONS = {
+    "encoding": ("Hash encoding, random points", measure_encoding),
+    "encoding-kept": ("Hash encoding, freed memory kept", partial(measure_encoding, memory=", memory kept")),
+    "scaling": ("Hash encoding on one thread and on two, forward and backward, by wall time", measure_scaling),
+    "mixture": ("Eight grids against one, forward and backward", measure_mixture),
+    "experts": ("Forward and backward by the number of experts, ns a point", measure_experts),
+    "rendering": ("Marching and compositing of a training step's rays in the city", measure_rendering),
+    "dispatch": ("Routing, sorting and putting back beside the experts, forward and backward", measure_dispatch),
+    "step": ("A training step of the city by part, forward and backward", measure_step),
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -461,49 +415,31 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help=seconds)
     points = "of the hash grids (default: %(default)s); indexing takes seconds for the default"
     parser.add_argument("--points", type=int, default=1 << 18, help=points)
-    parser.add_argument("--levels", type=int, default=16, help="of the hash grids (default: %(default)s)")
     tables = "log2 of the rows of a hash grid's level (default: 19 14)"
     parser.add_argument("--tables", type=int, nargs="+", default=[19, 14], help=tables)
     parser.add_argument("--samples", type=int, default=1 << 15, help="of a training step (default: %(default)s)")
-    switch = "points for the experts of Switch-NeRF (default: %(default)s)"
-    parser.add_argument("--switch-points", type=int, default=1 << 13, help=switch)
     output = "JSON file (default: %(default)s)"
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/radiance_field.json"), help=output)
     options = parser.parse_args(arguments)
-    limits = {"threads": (1, 4096), "seconds": (0, 1e6), "points": (1, 1 << 24), "levels": (1, 32), "tables": (8, 24)}
-    check_numbers(parser, options, limits | {"samples": (1, 1 << 24), "switch_points": (1, 1 << 24)})
+    limits = {"threads": (1, 4096), "seconds": (0, 1e6), "points": (1, 1 << 24), "tables": (8, 24)}
+    check_numbers(parser, options, limits | {"samples": (1, 1 << 24)})
     prepare_output("--output", options.output)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    # The machine may be busy with other things: one thread is timed by the processor's clock.
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    sizes = {name: getattr(options, name) for name in ("seconds", "levels", "points", "samples", "switch_points")}
-    run = Run(clock=clock, tables=options.tables, bars=[], **sizes)
+    run = Run(options)
     for log2_table_size in run.tables:
-        check_encoding(run.levels, log2_table_size)
-    step = None
-    if not {"rendering", "dispatch", "step"}.isdisjoint(options.only):
-        step = CityStep(run.samples)
-        check_rendering(step)
-    print(f"correct: the numbers are those of the rivals; {options.threads} thread(s)")
-    report = {"machine": machine(), "threads": options.threads}
-    sections = {
-        "encoding": partial(measure_encoding, run),
-        "encoding-kept": partial(measure_encoding, run, kept=True),
-        "threads": partial(measure_threads, run),
-        "mixture": partial(measure_mixture, run),
-        "experts": partial(measure_experts, run),
-        "rendering": partial(measure_rendering, run, step),
-        "dispatch": partial(measure_dispatch, run, step),
-        "step": partial(measure_step, run, step),
-    }
-    whole = max(run.tables)
-    named = {"levels": run.levels, "points": run.points, "whole": whole, "eighth": whole - 3}
-    for name in [name for name in SECTIONS if name in options.only]:
+        check_encoding(log2_table_size)
+    if run.step is not None:
+        check_rendering(run.step)
+    print(f"correct: the numbers are those of the rivals; {options.threads} thread(s), {run.points} points")
+    report = {"machine": machine(), "threads": options.threads, "points": run.points}
+    for name, (title, measure) in SECTIONS.items():
+        if name not in options.only:
+            continue
         if name != "encoding":
             keep_freed_memory()  # as `fit` does, for good
-        report[name] = rows = sections[name]()
-        print_table(SECTIONS[name].format(**named), tuple(rows[0]), [tuple(row.values()) for row in rows])
+        report[name] = rows = measure(run)
+        print_table(title, tuple(rows[0]), [tuple(row.values()) for row in rows])
         sys.stdout.flush()
     if run.bars:
         report["bars"] = run.bars

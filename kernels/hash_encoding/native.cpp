@@ -138,23 +138,7 @@ template <typename T, typename M, int D, int F> class Encoder {
     Encoder(const Problem& p, const Sorted<T>& sorted) : p_(p), sorted_(sorted), stride_(Sorted<T>::stride(p)) {}
 
     void forward(const Block& block, int64_t level) {
-        const Level& row = locate(block, level);
-        const M* table = static_cast<const M*>(p_.table.data) + row.offset * F;
-        for (int64_t i = 0; i < block.count; i++) {
-            Pair sum{};
-#pragma GCC unroll 8
-            for (int j = 0; j < PAIRS; j++)
-                sum += others_[j][i] * pair_at(table, j, i);
-            const T w = weights_[0][i];
-            if constexpr (F == 1) {
-                values_[0][i] = sum[0] + (sum[1] - sum[0]) * w;
-            } else {
-                const auto low = low_half<F>(sum), high = high_half<F>(sum);
-                const auto value = low + (high - low) * w;
-#pragma GCC unroll 8
-                for (int f = 0; f < F; f++) values_[f][i] = value[f];
-            }
-        }
+        interpolate(block, locate(block, level));
         const T* gates = sorted_.gates + block.first;
         M* output = static_cast<M*>(p_.output.data) + level * F * p_.points;
         for (int f = 0; f < F; f++, output += p_.points) {
@@ -174,7 +158,7 @@ template <typename T, typename M, int D, int F> class Encoder {
     void table_gradient(const Block& block, int64_t level) {
         const Level& row = locate(block, level);
         T* table = static_cast<T*>(p_.grad_table.data) + row.offset * F;
-        read_gradients(block, level, sorted_.gates + block.first);
+        read_gradients(block, level, sorted_.gates + block.first, values_);
         for (int64_t i = 0; i < block.count; i++) {
             const Pair both = gradient_pair(i);
 #pragma GCC unroll 8
@@ -186,11 +170,25 @@ template <typename T, typename M, int D, int F> class Encoder {
         }
     }
 
+    // Of gates, where points want none: the product of a point's features, not gated, and their gradients.
+    void gate_gradient(const Block& block, int64_t level) {
+        interpolate(block, locate(block, level));
+        read_gradients(block, level, nullptr, products_);
+        T* sums = sorted_.gradients + D * stride_ + block.first;
+        over_vectors<T>([&](int64_t i) {
+            if (i >= block.count) return;
+            const int n = int(std::min<int64_t>(LANES<T>, block.count - i));
+            Vector<T> sum = level ? load_part<T>(sums + i, n) : Vector<T>{};
+            for (int f = 0; f < F; f++) sum += load(values_[f] + i) * load(products_[f] + i);
+            store_part(sums + i, sum, n);
+        });
+    }
+
     // Of points and gates. With s_c = <row of corner c, gradient>, both are sums of s over corners.
     void point_gradient(const Block& block, int64_t level) {
         const Level& row = locate<true>(block, level);
         const M* table = static_cast<const M*>(p_.table.data) + row.offset * F;
-        read_gradients(block, level, nullptr);
+        read_gradients(block, level, nullptr, values_);
         for (int64_t i = 0; i < block.count; i++) {
 #pragma GCC unroll 8
             for (int j = 0; j < PAIRS; j++) {
@@ -249,6 +247,26 @@ template <typename T, typename M, int D, int F> class Encoder {
     using Pair = typename Row<T, 2 * F>::type;
     using Words = typename Row<uint32_t, LANES<T>>::type;
     using Integers = typename Row<int32_t, LANES<T>>::type;
+
+    // Fills the values of a block that was located.
+    INLINE void interpolate(const Block& block, const Level& row) {
+        const M* table = static_cast<const M*>(p_.table.data) + row.offset * F;
+        for (int64_t i = 0; i < block.count; i++) {
+            Pair sum{};
+#pragma GCC unroll 8
+            for (int j = 0; j < PAIRS; j++)
+                sum += others_[j][i] * pair_at(table, j, i);
+            const T w = weights_[0][i];
+            if constexpr (F == 1) {
+                values_[0][i] = sum[0] + (sum[1] - sum[0]) * w;
+            } else {
+                const auto low = low_half<F>(sum), high = high_half<F>(sum);
+                const auto value = low + (high - low) * w;
+#pragma GCC unroll 8
+                for (int f = 0; f < F; f++) values_[f][i] = value[f];
+            }
+        }
+    }
 
     // Fills rows, weights and the products of all but the first, of a block's points at a level; with SLOPES also the
     // weights' derivatives by positions.
@@ -322,14 +340,14 @@ template <typename T, typename M, int D, int F> class Encoder {
     }
 
     // The block's gradients at a level, times `factors` if there are any.
-    void read_gradients(const Block& block, int64_t level, const T* factors) {
+    void read_gradients(const Block& block, int64_t level, const T* factors, T (*into)[BLOCK]) {
         const T* from = static_cast<const T*>(p_.grad_output.data) + level * F * p_.points;
         for (int f = 0; f < F; f++, from += p_.points) {
             for (int64_t i = 0; sorted_.order && i < block.count; i++)
-                values_[f][i] = from[sorted_.order[block.first + i]];
-            if (!sorted_.order) std::copy(from + block.first, from + block.first + block.count, values_[f]);
+                into[f][i] = from[sorted_.order[block.first + i]];
+            if (!sorted_.order) std::copy(from + block.first, from + block.first + block.count, into[f]);
             over_vectors<T>([&](int64_t i) {
-                if (factors) store(values_[f] + i, load(values_[f] + i) * load(factors + i));
+                if (factors) store(into[f] + i, load(into[f] + i) * load(factors + i));
             });
         }
     }
@@ -352,7 +370,7 @@ template <typename T, typename M, int D, int F> class Encoder {
     const int64_t stride_;
     alignas(64) uint32_t rows_[2 * PAIRS][BLOCK];  // of corner c, whose bit d is its step along dimension d
     alignas(64) T weights_[D][BLOCK], slopes_[D][BLOCK], others_[PAIRS][BLOCK];
-    alignas(64) T values_[F][BLOCK], products_[2 * PAIRS][BLOCK];
+    alignas(64) T values_[F][BLOCK], products_[std::max(2 * PAIRS, F)][BLOCK];
 };
 
 template <typename T, typename M, int D, int F> void encode(const Problem& p, const Sorted<T>& sorted) {
@@ -373,7 +391,10 @@ template <typename T, typename M, int D, int F> void encode(const Problem& p, co
     }
     if (!p.grad_points.data && !p.grad_gate.data) return;
     for (int64_t level = 0; level < p.active; level++)
-        for (int64_t b = begin; b < end; b++) encoder.point_gradient(sorted.blocks[b], level);
+        for (int64_t b = begin; b < end; b++) {
+            if (p.grad_points.data) encoder.point_gradient(sorted.blocks[b], level);
+            else encoder.gate_gradient(sorted.blocks[b], level);
+        }
     for (int64_t b = begin; b < end; b++) encoder.write_point_gradient(sorted.blocks[b]);
 }
 

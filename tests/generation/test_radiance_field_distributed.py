@@ -63,11 +63,15 @@ def of_two(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name, of_two, tmp_path):
-    """Losses to 1e-4 of them and weights to 1e-4 of a step's length: sums are rounded in another order."""
+    """Losses to 1e-4 of them, weights to 1e-4 of what the steps may change: sums are rounded in another order.
+
+    (On the machine this was written on they differ by 1e-7 of the loss, and by 5e-7.)
+    """
     one = run(tmp_path, CASES[name])
     first, second = (results[name] for results in of_two)
     assert small.differing(first["state"], second["state"]) == []
     assert len(one["logged"]) == STEPS
+    assert max(logged["train/samples"] for logged in one["logged"]) > 0
     for ours, theirs in zip(first["logged"], one["logged"], strict=True):
         assert ours["train/rays"] == theirs["train/rays"]
         assert ours["train/samples"] == theirs["train/samples"]
@@ -75,13 +79,9 @@ def test_two_processes_train_as_one(name, of_two, tmp_path):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
     assert second["scores"] == first["scores"] == pytest.approx(one["scores"], rel=1e-3)
     for key, value in one["state"].items():
-        torch.testing.assert_close(first["state"][key], value, atol=1e-4 * 6 * 3e-2, rtol=1e-4, msg=key)
-
-
-def test_what_is_not_shared_out_alike_is_still_finite():
-    """Noise and capacity are of a process's own points."""
-    module = small.training(field={"capacity_factor": 1.0})
-    assert module.renderer.field.capacity_factor == 1
+        torch.testing.assert_close(
+            first["state"][key], value, atol=1e-4 * STEPS * small.OPTIONS["grid_learning_rate"], rtol=1e-4, msg=key
+        )
 
 
 @pytest.mark.parametrize(("experts", "processes"), [(8, 4), (6, 4), (5, 5), (7, 1)])
@@ -98,7 +98,7 @@ def test_fewer_experts_than_processes():
 
 def sharded(capfd, *arguments: str) -> tuple[list[float], list[tuple[int, int]]]:
     """Differences, and bytes by count and formula, that the command prints."""
-    expert_sharding.main(["--processes", "4", *arguments])
+    expert_sharding.main(arguments)
     said = capfd.readouterr().out
     differences = [float(number) for number in re.findall(r"relative to the largest: (\S+)", said)]
     counts = re.findall(r"(?:forward|backward): ([\d,]+) bytes between processes; by the formula ([\d,]+)", said)
@@ -107,7 +107,7 @@ def sharded(capfd, *arguments: str) -> tuple[list[float], list[tuple[int, int]]]
 
 def test_experts_in_pieces_are_the_whole(capfd):
     """Outputs and gradients of 4 processes in float64; and what moves is what the formula says."""
-    differences, traffic = sharded(capfd, "--samples", "4096")
+    differences, traffic = sharded(capfd, "--processes", "4", "--samples", "4096")
     assert len(differences) == 3
     assert max(differences) < 1e-12
     for counted, expected in traffic:
@@ -115,7 +115,7 @@ def test_experts_in_pieces_are_the_whole(capfd):
 
 
 def test_a_process_without_points_and_uneven_experts(capfd):
-    differences, _ = sharded(capfd, "--samples", "3", "--experts", "6", "--log2-table-size", "8")
+    differences, _ = sharded(capfd, "--processes", "2", "--samples", "1", "--experts", "3")
     assert max(differences) < 1e-12
 
 

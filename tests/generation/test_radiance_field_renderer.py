@@ -197,7 +197,7 @@ def test_a_scene_is_taken_as_it_is():
     for box in (made.field.space.box, made.occupancy.box):
         assert torch.equal(box, torch.tensor(BOX))
     made.place(scene(appearance_ids=torch.tensor([5, 6, 9, 8, 5])))
-    with pytest.raises(ValueError, match="field.appearances is 4; of scene 'small' it must be 3, or 0"):
+    with pytest.raises(ValueError, match=r"field\.appearances is 4; of scene 'small' it must be 3, or 0"):
         made.place(scene(appearance_ids=torch.tensor([5, 6, 9, 9, 5])))
 
 

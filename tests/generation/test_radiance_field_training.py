@@ -175,7 +175,7 @@ def test_pixels_that_a_mask_leaves_out_are_not_drawn():
         batches(replace(scene, masks=torch.zeros_like(masks)))
 
 
-def test_pictures_of_different_sizes(tmp_path):
+def test_pictures_of_different_sizes():
     """Each in proportion to its pixels, read when asked for."""
     small, large = city(), city(image_size=24)
     images = [*small.images[:2], *large.images[2:]]
@@ -184,10 +184,10 @@ def test_pictures_of_different_sizes(tmp_path):
     cameras = Cameras(*(torch.cat([getattr(part, name) for part in parts]) for name in columns))
     nothing = {"depths": None, "districts": None, "normals": None}
     scene = replace(small, images=images, cameras=cameras, **nothing)
-    found = [pixels_of(scene, b := RayBatches(scene, 1, 4096, seed, (0, 1))[0]) + (b["colour"],) for seed in (0, 1)]
-    frame, column, row, colour = (torch.cat(several) for several in zip(*found, strict=True))
+    batch = RayBatches(scene, 1, 8192, 0, (0, 1))[0]
+    frame, column, row = pixels_of(scene, batch)
     wanted = [images[f][r, c] for f, c, r in zip(frame.tolist(), column.tolist(), row.tolist(), strict=True)]
-    assert torch.equal(colour, torch.stack(wanted).float() / 255)
+    assert torch.equal(batch["colour"], torch.stack(wanted).float() / 255)
     share = frame.bincount(minlength=4) / len(frame)
     torch.testing.assert_close(share, torch.tensor([256.0, 256, 576, 576]) / 1664, atol=0.03, rtol=0)
 
@@ -226,13 +226,17 @@ def test_scores_count_what_the_mask_keeps():
 
 
 def test_a_mixture_learns_a_city(tmp_path):
-    """9.6 to 21 dB on the rays of 4 pictures; a field that sees no gate or no rays through the scene stays below 15."""
+    """From 9.6 to 21.1 dB on the rays of 4 pictures.
+
+    With features of other points it reaches 12.2, with results that are not put back in order 10.8, with densities that
+    have no gradient 13.8, with samples a metre away 19.1.
+    """
     watch, module = Watch(), training()
     trainer = fit(module, tmp_path, 100, callbacks=[watch])
     first, last = slice(0, 5), slice(-10, None)
     assert watch.mean("train/loss", last) < watch.mean("train/loss", first) / 5
     assert watch.mean("train/psnr", first) < 11
-    assert watch.mean("train/psnr", last) > 19
+    assert watch.mean("train/psnr", last) > 20
     assert min(logged["load/0"] for logged in watch.logged[20:]) > 0.1
     assert all(logged["load/0"] + logged["load/1"] == pytest.approx(1) for logged in watch.logged)
     assert all(logged["train/samples"] <= 4096 for logged in watch.logged)
@@ -324,7 +328,7 @@ def test_saved_hyperparameters_make_the_same_module(tmp_path):
 
 @pytest.mark.parametrize("appearances", [3, 5])
 def test_appearances_must_be_those_of_the_training_pictures(appearances, tmp_path):
-    words = f"field.appearances is {appearances}; of scene 'city' it must be 4, or 0"
+    words = rf"field\.appearances is {appearances}; of scene 'city' it must be 4, or 0"
     with pytest.raises(ValueError, match=words):
         fit(training(field={"appearances": appearances}), tmp_path, 1)
 
@@ -333,7 +337,7 @@ def test_appearances_must_be_those_of_the_training_pictures(appearances, tmp_pat
     ("name", "words"),
     [
         ("colour.2.bias", "the loss is nan at step 0: lower the learning rates"),
-        ("gate.mlp.0.weight", "field.gate.mlp.0.weight holds NaN or infinity at step 0: lower the learning rates"),
+        ("gate.mlp.0.weight", r"field.gate.mlp.0.weight holds NaN or infinity at step 0: lower the learning rates"),
     ],
 )
 def test_numbers_that_are_not_finite_stop_the_run(name, words, tmp_path):

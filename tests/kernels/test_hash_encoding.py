@@ -233,7 +233,9 @@ def test_any_input_alone_may_ask_for_its_gradient(asked, backend):
     leaf = tensors[asked].requires_grad_()
     features = hash_encoding(**tensors, grid=MIXTURE, backend=backend)
     upstream = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float()
-    assert torch.equal(torch.autograd.grad(features, leaf, upstream)[0], expected)
+    [gradient] = torch.autograd.grad(features, leaf, upstream)
+    # The gate's is another sum where no other part of it is needed.
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 if asked == "gate" else 0)
 
 
 @every_backend
