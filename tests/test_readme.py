@@ -109,6 +109,9 @@ COMMANDS = {
     LINA.format("spiking_digits_tsm"): LINA_ONE_STEP.format(1),
     LINA.format("spiking_digits_quantized"): LINA_ONE_STEP.format(1),
     LINA.format("spiking_openmoji"): LINA_ONE_STEP.format(1),
+    LINA.format("spiking_openmoji_ann"): LINA_ONE_STEP.format(1),
+    "python -m generation evaluate-spiking runs/spiking_openmoji/0 runs/spiking_openmoji_ann/0 --data openmoji "
+    "--steps 10 25": HELP,
     LINA.format("spiking_digits") + " --data.init_args.source pictures/train --data.init_args.image_size 16 "
     "--model.init_args.unet.sample_size 16 --model.init_args.unet.in_channels 3 "
     "--model.init_args.unet.num_class_embeds 2": LINA_ONE_STEP.format(1),

@@ -142,7 +142,8 @@ def test_an_interrupted_command_says_so_in_one_line(command, way, monkeypatch, c
             sys.exit(1)
 
     monkeypatch.setattr(command_line, "OPTIONS_OF", {})
-    monkeypatch.setattr(command_line, "import_module", lambda _: SimpleNamespace(main=interrupted))
+    function = HOME_OF[command].partition(":")[2] or "main"
+    monkeypatch.setattr(command_line, "import_module", lambda _: SimpleNamespace(**{function: interrupted}))
     with pytest.raises(SystemExit) as stop:
         main([command])
     assert stop.value.code == 130
