@@ -14,7 +14,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARISONS = sorted((CONFIGS / "vision").glob("compare_*.yaml"))
 VISION = sorted({*(CONFIGS / "vision").glob("*.yaml")} - {*COMPARISONS})  # one training each
 ABLATIONS = sorted((CONFIGS / "generation").glob("*_ablation.yaml"))
-GENERATION = sorted({*(CONFIGS / "generation").glob("*.yaml")} - {*ABLATIONS})
+FIELDS = [CONFIGS / "generation" / name for name in ("city_comparison.yaml", "city_experts.yaml")]
+GENERATION = sorted({*(CONFIGS / "generation").glob("*.yaml")} - {*ABLATIONS, *FIELDS})
 SIZES = ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "h_tiny", "h_small", "h_base")
 # The models that the paper of Gated-SwinRMT compares, by their parameters with 100 and with 10 classes.
 RETENTION = {
@@ -38,7 +39,7 @@ def printed_configuration(path, capsys):
 
 def test_no_yaml_is_left_out():
     found = {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")}
-    assert found == {*VISION, *COMPARISONS, *GENERATION, *ABLATIONS}
+    assert found == {*VISION, *COMPARISONS, *GENERATION, *ABLATIONS, *FIELDS}
 
 
 @pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
@@ -74,6 +75,17 @@ def test_ablation_yaml_builds_every_variant(path):
         parameters[variant] = sum(parameter.numel() for parameter in module.transformer.parameters())
     assert len(set(parameters.values())) > 3
     assert f"python -m generation ablation --config configs/generation/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=lambda path: path.stem)
+def test_comparison_of_fields_builds_every_variant(path):
+    from generation.radiance_field.comparison import Comparison
+    from generation.radiance_field.training import RadianceFieldTraining
+
+    comparison = Comparison(**yaml.safe_load(path.read_text()))
+    for variant in comparison.variants.values():
+        RadianceFieldTraining(**comparison.model | variant)
+    assert f"python -m generation compare-fields --config configs/generation/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", [*VISION, *COMPARISONS], ids=lambda path: path.stem)

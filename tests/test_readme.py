@@ -54,6 +54,10 @@ LINA_ONE_STEP = (
     "--trainer.max_steps {} --trainer.enable_progress_bar false --trainer.enable_model_summary false "
     "--data.init_args.batch_size 2"
 )
+CITY = (
+    "--trainer.enable_progress_bar false --trainer.enable_model_summary false --trainer.limit_val_batches 0 "
+    "--data.init_args.batch_size 64 --data.init_args.rays_per_epoch 256 --trainer.max_steps "
+)
 CONVERT = "python -m generation convert-spiking runs/spiking_digits_quantized/0 --output "
 # Each command, and what is put behind it so that it ends within seconds.
 COMMANDS = {
@@ -109,6 +113,7 @@ COMMANDS = {
     LINA.format("spiking_digits_tsm"): LINA_ONE_STEP.format(1),
     LINA.format("spiking_digits_quantized"): LINA_ONE_STEP.format(1),
     LINA.format("spiking_openmoji"): LINA_ONE_STEP.format(1),
+    "python -m generation evaluate-spiking digits runs/spiking_digits_tsm/0": HELP,
     LINA.format("spiking_openmoji_ann"): LINA_ONE_STEP.format(1),
     "python -m generation evaluate-spiking runs/spiking_openmoji/0 runs/spiking_openmoji_ann/0 --data openmoji "
     "--steps 10 25": HELP,
@@ -122,6 +127,17 @@ COMMANDS = {
     "python -m generation sweep-threshold digits": HELP,
     "python -m generation energy digits --twin digits-ann": "--images 1 --steps 2",
     "python -m generation benchmark spiking": HELP,
+    "python -m generation render city --path orbit --output fly.mp4": "--frames 2 --size 32x32",
+    LINA.format("city_hmohe"): CITY + "1",
+    LINA.format("city_hmohe") + " --ckpt_path last": CITY + "2",
+    LINA.format("city_single_grid"): CITY + "1",
+    "python -m generation render runs/city_hmohe/0 --path spiral --size 160x120 --frames 12 --output spiral.mp4": (
+        "--frames 2 --size 32x24"
+    ),
+    "torchrun --nproc-per-node 2 -m generation render city --frames 8 --size 64x64 --output shared.mp4": AS_IT_STANDS,
+    "python -m generation compare-fields --config configs/generation/city_comparison.yaml": HELP,
+    "python -m generation compare-fields --config configs/generation/city_experts.yaml": HELP,
+    "python -m generation benchmark radiance-field": HELP,
     "python -m kernels.benchmark --threads 1 2": HELP,
     "python -m vision benchmark --only models": HELP,
     "python -m vision benchmark --only inference training memory --largest 1024": HELP,

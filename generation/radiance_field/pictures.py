@@ -22,8 +22,8 @@ def colour_picture(drawn: Drawn) -> np.ndarray:
 
 
 def depth_picture(drawn: Drawn, near: float, far: float) -> np.ndarray:
-    """uint8 `[H, W, 3]`: near is bright, far dark, and what meets nothing white."""
-    depth, opacity = drawn.depth.cpu().numpy(), drawn.opacity.cpu().numpy()[..., None]
+    """uint8 `[H, W, 3]`: near is bright, far dark, and white where most of the light passes by."""
+    depth, opacity = drawn.depth.cpu().numpy(), drawn.opacity.cpu().numpy()[..., None].round()
     part = np.clip((np.where(np.isfinite(depth), depth, far) - near) / max(far - near, 1e-9), 0, 1)
     return to_bytes(colormaps["magma"](1 - part)[..., :3] * opacity + (1 - opacity))
 
