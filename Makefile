@@ -24,6 +24,7 @@ bench: .venv/.stamp
 	$(BIN)/python -m vision benchmark
 	$(BIN)/python -m generation benchmark lina
 	$(BIN)/python -m generation benchmark spiking
+	$(BIN)/python -m generation benchmark radiance-field
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -132,8 +132,7 @@ class Renderer(nn.Module):
         return self.field(points, along, appearance[ray] if isinstance(appearance, Tensor) else appearance)
 
     def composite(self, said: FieldOutput, samples: Marched) -> Composited:
-        background = self.background
-        return composite(said.density, said.colour, *samples, background=background)
+        return composite(said.density, said.colour, *samples, background=self.background)
 
     def update_occupancy(self, number: int, generator: torch.Generator | None = None) -> bool:
         """Look at the occupancy grid's cells again if step `number` is one at which that is done.
