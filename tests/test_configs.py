@@ -14,7 +14,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 COMPARISONS = sorted((CONFIGS / "vision").glob("compare_*.yaml"))
 VISION = sorted({*(CONFIGS / "vision").glob("*.yaml")} - {*COMPARISONS})  # one training each
 ABLATIONS = sorted((CONFIGS / "generation").glob("*_ablation.yaml"))
-FIELDS = [CONFIGS / "generation" / name for name in ("city_comparison.yaml", "city_experts.yaml")]
+FIELDS = [
+    CONFIGS / "generation" / name
+    for name in (f"city_{about}.yaml" for about in ("comparison", "experts", "switch_nerf"))
+]
 GENERATION = sorted({*(CONFIGS / "generation").glob("*.yaml")} - {*ABLATIONS, *FIELDS})
 SIZES = ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "h_tiny", "h_small", "h_base")
 # The models that the paper of Gated-SwinRMT compares, by their parameters with 100 and with 10 classes.

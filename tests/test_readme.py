@@ -137,6 +137,7 @@ COMMANDS = {
     "torchrun --nproc-per-node 2 -m generation render city --frames 8 --size 64x64 --output shared.mp4": AS_IT_STANDS,
     "python -m generation compare-fields --config configs/generation/city_comparison.yaml": HELP,
     "python -m generation compare-fields --config configs/generation/city_experts.yaml": HELP,
+    "python -m generation compare-fields --config configs/generation/city_switch_nerf.yaml": HELP,
     "python -m generation benchmark radiance-field": HELP,
     "python -m kernels.benchmark --threads 1 2": HELP,
     "python -m vision benchmark --only models": HELP,
