@@ -26,9 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from generation.argument_checks import check_real, check_whole
-from generation.radiance_field.heads import DensityOutput, FieldOutput, HeadedField, Perceptron, check_rays, put_back
+from generation.radiance_field.heads import (
+    DensityOutput,
+    FieldOutput,
+    HeadedField,
+    Perceptron,
+    check_rays,
+    kept_gates,
+    put_back,
+    route_points,
+)
 from generation.radiance_field.single_grid import UNIT_BOX, GridTable, checked_grid
-from kernels.expert_dispatch import Routing, dispatch, load_balance_loss, route
+from kernels.expert_dispatch import Routing, dispatch, load_balance_loss
 from kernels.hash_encoding import HashGrid
 
 RANGES = tuple((16.0, 2.0 ** (11 + e / 2)) for e in range(8))
@@ -195,19 +204,11 @@ class HashExpertField(HeadedField):
         return self._route(self.space(points))
 
     def _route(self, unit: Tensor) -> Routing:
-        return route(
-            self.gate(unit, self.backend),
-            capacity_factor=self.capacity_factor if self.training else 0.0,
-            batch_prioritized=self.batch_prioritized and self.training and self.capacity_factor > 0,
-            noise=self.gate_noise if self.training else None,
-        )
+        return route_points(self, self.gate(unit, self.backend))
 
     def _features(self, unit: Tensor, routing: Routing) -> Tensor:
         """`[N, L F]` in the order of the experts."""
-        gate = routing.gates[0]
-        if routing.may_drop:
-            gate = gate.masked_fill(~routing.kept[0], 0)
-        sorted_gate = dispatch((gate * self.gate_scale)[:, None], routing).tokens[:, 0]
+        sorted_gate = dispatch((kept_gates(routing) * self.gate_scale)[:, None], routing).tokens[:, 0]
         sorted_expert = routing.indices[0].index_select(0, routing.places.order)
         return self.experts(dispatch(unit, routing).tokens, sorted_expert, sorted_gate, self.backend)
 

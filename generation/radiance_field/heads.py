@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from generation.argument_checks import check_choice, check_whole
 from generation.radiance_field.contraction import SceneSpace
 from generation.radiance_field.directions import MOST_LEVELS, check_directions, spherical_harmonics
-from kernels.expert_dispatch import Routing, combine
+from kernels.expert_dispatch import Routing, combine, route
 
 DENSITY_ACTIVATIONS = ("truncated_exp", "shifted_softplus")
 LARGEST_EXPONENT = 15.0  # beyond it the gradient of exp does not grow
@@ -277,6 +277,23 @@ def check_rays(
                 raise ValueError(f"appearance is from {least} to {most}; it must be from 0 to {count - 1}")
         return appearance
     return check_whole("appearance", appearance, 0, count - 1)
+
+
+def route_points(field: nn.Module, scores: Tensor) -> Routing:
+    """Where points of scores `[N, E]` go, with the field's noise and capacity in training alone."""
+    training = field.training
+    return route(
+        scores,
+        capacity_factor=field.capacity_factor if training else 0.0,
+        batch_prioritized=field.batch_prioritized and training and field.capacity_factor > 0,
+        noise=field.gate_noise if training else None,
+    )
+
+
+def kept_gates(routing: Routing) -> Tensor:
+    """`[N]`, the gate of each point, 0 of those that are dropped."""
+    gate = routing.gates[0]
+    return gate.masked_fill(~routing.kept[0], 0) if routing.may_drop else gate
 
 
 def put_back(rows: Tensor, routing: Routing) -> Tensor:

@@ -32,9 +32,11 @@ from generation.radiance_field.heads import (
     check_signed,
     chosen_appearance,
     density_of,
+    kept_gates,
     put_back,
+    route_points,
 )
-from kernels.expert_dispatch import Routing, dispatch, grouped_linear, load_balance_loss, route
+from kernels.expert_dispatch import Routing, dispatch, grouped_linear, load_balance_loss
 
 
 class ExpertPerceptrons(nn.Module):
@@ -165,17 +167,9 @@ class SwitchNeRFField(nn.Module):
     def _mixture(self, points: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """y in the order of the experts, the density's raw values `[N]` of it, and who went where."""
         embedded = self.position(frequency_embedding(self.space.centred(points), self.position_octaves))
-        routing = route(
-            self.gate(embedded),
-            capacity_factor=self.capacity_factor if self.training else 0.0,
-            batch_prioritized=self.batch_prioritized and self.training and self.capacity_factor > 0,
-            noise=self.gate_noise if self.training else None,
-        )
+        routing = route_points(self, self.gate(embedded))
         sent = dispatch(embedded, routing)
-        gate = routing.gates[0]
-        if routing.may_drop:
-            gate = gate.masked_fill(~routing.kept[0], 0)
-        mixed = self.experts(sent.tokens, sent.starts) * dispatch(gate[:, None], routing).tokens
+        mixed = self.experts(sent.tokens, sent.starts) * dispatch(kept_gates(routing)[:, None], routing).tokens
         mixed = F.relu(mixed)
         raw = self.raw_density(mixed)[:, 0]
         if self.training and self.density_noise:
