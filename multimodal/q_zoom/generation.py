@@ -1,0 +1,90 @@
+"""Answers by stock `generate`, from prompts that Q-Zoom has read: the caches of rows become one, padded on the left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from multimodal.q_zoom.adapters.protocol import BackboneAdapter
+from multimodal.q_zoom.prefill import Prefilled
+
+
+def continue_by_generate(
+    adapter: BackboneAdapter, rows: Sequence[Prefilled], input_ids: Tensor, options: Mapping[str, Any]
+) -> Any:
+    """What `generate` of the stock model returns, as if its prompts had been `input_ids`.
+
+    Args:
+        rows: read but for their last tokens; their caches must not be used afterwards.
+        input_ids: `[B, S]`, the questions as the caller gave them, which the result starts with.
+        options: of `generate`.
+    """
+    model = adapter.model
+    options = dict(options)
+    if options.get("max_length") is not None and options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = options.pop("max_length") - input_ids.shape[1]
+    length = max(row.prompt.length for row in rows)
+    cache = together([row.cache for row in rows], length - 1)
+    copies = max(setting(model, options, "num_beams"), setting(model, options, "num_return_sequences"))
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+    ids = input_ids.new_full((len(rows), length), padding_of(model))
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, length - row.prompt.length :] = row.prompt.input_ids
+        mask[index, length - row.prompt.length :] = 1
+    generated = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        **adapter.generation_positions([row.prompt.positions for row in rows], length),
+        **options,
+    )
+    if isinstance(generated, Tensor):
+        return as_asked(generated, input_ids, length)
+    generated.sequences = as_asked(generated.sequences, input_ids, length)
+    return generated
+
+
+def as_asked(sequences: Tensor, input_ids: Tensor, length: int) -> Tensor:
+    """Generated sequences whose first `length` tokens become the caller's own prompts again."""
+    copies = len(sequences) // len(input_ids)
+    return torch.cat((input_ids.repeat_interleave(copies, dim=0), sequences[:, length:]), dim=1)
+
+
+def together(caches: Sequence[DynamicCache], length: int) -> DynamicCache:
+    """One cache for a batch, each row padded on the left to `length` tokens."""
+    if len(caches) == 1:
+        return caches[0]
+    joined = DynamicCache()
+    for index in range(len(caches[0].layers)):
+        states = [
+            torch.cat([padded(getattr(cache.layers[index], kind), length) for cache in caches])
+            for kind in ("keys", "values")
+        ]
+        joined.update(*states, index)
+    return joined
+
+
+def padded(states: Tensor, length: int) -> Tensor:
+    """`[1, H, S, D]` with zeros before, to `length` tokens."""
+    return F.pad(states, (0, 0, length - states.shape[2], 0))
+
+
+def padding_of(model: Any) -> int:
+    """The id that fills a batch's shorter rows; masks hide it."""
+    config = model.generation_config
+    for token in (config.pad_token_id, config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else int(token)
+    return 0
+
+
+def setting(model: Any, options: Mapping[str, Any], name: str) -> int:
+    """A whole number among options of `generate`, or in the configuration it falls back on."""
+    configured = options.get("generation_config") or model.generation_config
+    value = options.get(name, getattr(configured, name, None))
+    return 1 if value is None else int(value)

@@ -1,0 +1,99 @@
+"""A gate without training: answer first, and look closer where the answer's tokens do not stand out (SpecEyes)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from multimodal.q_zoom.generation import continue_by_generate, padding_of, setting
+from multimodal.q_zoom.prefill import read_on
+from multimodal.q_zoom.prompt import Prompt
+from multimodal.q_zoom.regions import Box
+from multimodal.q_zoom.separability import answer_separability
+
+if TYPE_CHECKING:
+    from multimodal.q_zoom.model import QZoom, ZoomInfo
+
+ALTERNATIVES = 64  # logits a token is compared with, as many as there are if fewer
+ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1}
+
+
+def answer_twice(
+    zoom: "QZoom",
+    inputs: Mapping[str, Tensor],
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Image],
+    boxes: Sequence[Sequence[Box]],
+    thresholds: tuple[float, float],
+    options: Mapping[str, Any],
+) -> tuple[Tensor, list["ZoomInfo"]]:
+    """Sequences and what was done, a row each; arguments as of `QZoom.generate`.
+
+    What the first layers made of a prompt serves both answers.
+
+    Raises:
+        ValueError: options ask for several answers, a stream, or more than sequences.
+    """
+    check_options(zoom, options)
+    ids = inputs["input_ids"]
+    taps = [zoom.read_to_tap(prompt) for prompt in prompts]
+    first = continue_by_generate(
+        zoom.adapter,
+        [read_on(zoom.adapter, tap, logits=False) for tap in taps],
+        ids,
+        {**options, "return_dict_in_generate": True, "output_logits": True},
+    )
+    answers = first.sequences[:, ids.shape[1] :]
+    ends = ending_tokens(zoom)
+    infos, again = [], []
+    for row, (tap, picture, chosen) in enumerate(zip(taps, pictures, boxes, strict=True)):
+        length = answer_length(answers[row], ends)
+        logits = torch.stack([step[row] for step in first.logits[:length]])
+        score = float(answer_separability(logits, top_k=min(ALTERNATIVES, logits.shape[-1])))
+        if score < thresholds[0] or chosen:
+            read, info = zoom.open(tap, picture, chosen, thresholds[1], None if chosen else score)
+            again.append((row, read))
+        else:
+            info = zoom.closed(tap.prompt, picture, score)
+        infos.append(info)
+    if again:
+        rows = [row for row, _ in again]
+        second = continue_by_generate(zoom.adapter, [read for _, read in again], ids[rows], options)
+        answers = replaced(answers, rows, second[:, ids.shape[1] :], padding_of(zoom.model))
+    return torch.cat((ids, answers), dim=1), infos
+
+
+def check_options(zoom: "QZoom", options: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for options of `generate` that have no meaning for two answers in a row."""
+    for name in ONE_ANSWER:
+        if setting(zoom.model, options, name) > 1:
+            raise ValueError(f"{name} is {options.get(name)!r}; with gate='separability' it must be 1")
+    for name in ("streamer", "return_dict_in_generate"):
+        if options.get(name):
+            raise ValueError(f"{name} is given; gate='separability' answers twice and returns sequences only")
+
+
+def ending_tokens(zoom: "QZoom") -> set[int]:
+    """Ids that end an answer."""
+    ends = zoom.model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def answer_length(tokens: Tensor, ends: set[int]) -> int:
+    """Tokens `[N]` before the first that ends the answer, at least one."""
+    for index, token in enumerate(tokens.tolist()):
+        if token in ends:
+            return max(1, index)
+    return len(tokens)
+
+
+def replaced(answers: Tensor, rows: Sequence[int], others: Tensor, padding: int) -> Tensor:
+    """`answers` `[B, N]` with some rows of other ones `[R, M]`, padded on the right to one length."""
+    length = max(answers.shape[1], others.shape[1])
+    joined = answers.new_full((len(answers), length), padding)
+    joined[:, : answers.shape[1]] = answers
+    joined[list(rows)] = padding
+    joined[list(rows), : others.shape[1]] = others
+    return joined
