@@ -150,12 +150,27 @@ class Ellipsoid:
         farthest = ((positions - centre) / radius).norm(dim=1).max()
         return cls(centre, radius * farthest * margin)
 
-    def _nearest(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def box(self) -> Tensor:
+        """`[2, 3]`, the least box around it."""
+        return torch.stack([self.centre - self.radius, self.centre + self.radius])
+
+    def _approach(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where rays come nearest to the centre, of the unit ball: distance, point, and length of a direction there."""
         origins, directions = (origins - self.centre) / self.radius, directions / self.radius
         length = directions.norm(dim=-1, keepdim=True)
         distance = -(origins * directions).sum(-1, keepdim=True) / length.square()
-        nearest = origins + distance * directions
+        return distance, origins + distance * directions, length
+
+    def reached_by(self, origins: Tensor, directions: Tensor) -> Tensor:
+        """bool `[R]`, which rays begin in the ellipsoid or meet it ahead; one without direction does not."""
+        distance, nearest, length = self._approach(origins, directions)
+        within = 1 - nearest.square().sum(-1, keepdim=True)
+        return ((within > 0) & (distance + within.clamp(min=0).sqrt() / length > 0))[:, 0]
+
+    def _nearest(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_approach` of rays whose lines all meet the ellipsoid."""
+        distance, nearest, length = self._approach(origins, directions)
         missed = (nearest.square().sum(-1) >= 1).flatten()
         if missed.any():
             raise ValueError(

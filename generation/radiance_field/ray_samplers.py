@@ -74,7 +74,7 @@ class RayBins:
         *,
         padding: float = 0.01,
         keep_edges: bool = False,
-        jitter: str = "none",
+        jitter: str | Tensor = "none",
         generator: torch.Generator | None = None,
     ) -> "RayBins":
         """New bins where these have weight, without gradient.
@@ -99,8 +99,12 @@ class RayBins:
         return RayBins(edges.detach(), self.near, self.far, self.spacing)
 
 
-def _jitter(like: Tensor, count: int, jitter: str, generator: torch.Generator | None) -> Tensor | None:
+def _jitter(like: Tensor, count: int, jitter: str | Tensor, generator: torch.Generator | None) -> Tensor | None:
     """Random numbers from 0 to 1, one a ray (R, 1) or one an edge (R, count)."""
+    if isinstance(jitter, Tensor):
+        if jitter.shape != like.shape[:1]:
+            raise ValueError(f"jitter has shape {tuple(jitter.shape)}; it must be one number a ray, ({len(like)},)")
+        return jitter[:, None].to(like.dtype)
     if jitter not in JITTERS:
         raise ValueError(f"jitter is {jitter!r}; valid are {', '.join(map(repr, JITTERS))}")
     if jitter == "none":
@@ -115,7 +119,7 @@ def stratified_bins(
     samples: int,
     *,
     spacing: str = "linear",
-    jitter: str = "none",
+    jitter: str | Tensor = "none",
     generator: torch.Generator | None = None,
 ) -> RayBins:
     """Bins that are even in the spacing, or whose edges are moved by chance, each at most half a bin to either side.
@@ -124,7 +128,8 @@ def stratified_bins(
         near, far: (R,), near below far.
         samples: S, 1 at least.
         spacing: "linear" or "piecewise" (near to the camera even in distance, far away in its inverse).
-        jitter: "none", "single" (one random number a ray moves all its edges alike) or "each" (one an edge).
+        jitter: "none", "single" (one random number a ray moves all its edges alike), "each" (one an edge), or numbers
+            from 0 to 1, (R,), one a ray in place of random ones.
         generator: of the jitter, on the device of `near`.
 
     Raises:
@@ -180,6 +185,12 @@ def inverse_cdf(edges: Tensor, weights: Tensor, positions: Tensor, *, padding: f
     within = ((positions - low) / (high - low)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
     first, last = edges.gather(-1, below), edges.gather(-1, above)
     return first + within * (last - first)
+
+
+def weights_of(density: Tensor, lengths: Tensor) -> Tensor:
+    """(R, S), the share of a ray's light that each bin stops, of densities and lengths (R, S)."""
+    thickness = density * lengths
+    return -torch.expm1(-thickness) * torch.exp(thickness - thickness.cumsum(-1))
 
 
 def annealed(weights: Tensor, step: int, *, steps: int = 1000, slope: float = 10.0) -> Tensor:

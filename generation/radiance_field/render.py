@@ -31,8 +31,8 @@ PARTIAL = ".partial-"  # what is written atomically is called so before it is wh
 def frames_of(renderer: Renderer, cameras: Cameras, index: int, memory: int) -> dict[str, np.ndarray]:
     """uint8 `[H, W, 3]` pictures of a camera: colour, depth, and of a mixture expert."""
     drawn = renderer.draw_image(cameras, index, memory=memory)
-    corner = (renderer.occupancy.box[1] - renderer.occupancy.box[0]).norm()
-    middle = (cameras.c2w[index, :, 3] - renderer.occupancy.box.mean(0)).norm()
+    corner = (renderer.box[1] - renderer.box[0]).norm()
+    middle = (cameras.c2w[index, :, 3] - renderer.box.mean(0)).norm()
     nearest = max(float(renderer.near), float(middle - corner / 2))
     pictures = {"colour": colour_picture(drawn), "depth": depth_picture(drawn, nearest, float(middle + corner / 2))}
     experts = expert_picture(drawn)
@@ -64,7 +64,7 @@ def main(options: argparse.Namespace) -> None:
     renderer, taken = load(model)
     size = (int(taken.width[0]), int(taken.height[0]))
     width, height = options.size or tuple(max(2, round(side * 2 / max(size) * 160) // 2 * 2) for side in size)
-    box = renderer.occupancy.box
+    box = renderer.box
     cameras = camera_path(options.path, options.frames, taken, box, width, height)
     folder = options.output.with_suffix("")
     told = {"model": str(options.model), "path": options.path, "frames": options.frames, "size": [width, height]}

@@ -1,13 +1,14 @@
 """Draws a radiance field: where rays are sampled, and what the samples make of them.
 
-Rays march through the occupied cells of a grid; the field says density and colour at the middle of each sample's
-interval; compositing makes a colour, an opacity and a depth of them, and in a mixture the share that each expert has in
-a pixel.
+Rays march through the occupied cells of a grid, or have samples where small density fields propose them; the field says
+density and colour at the middle of each sample's interval; compositing makes a colour, an opacity and a depth of them,
+and in a mixture the share that each expert has in a pixel. Behind all that is the scene's background, or, outside of an
+ellipsoid, a field of its own.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from generation.radiance_field.cameras import Cameras
 from generation.radiance_field.hash_experts import HashExpertField
 from generation.radiance_field.heads import FieldOutput
 from generation.radiance_field.occupancy import OccupancyGrid
+from generation.radiance_field.outside_of_ellipsoid import OutsideOfEllipsoid
+from generation.radiance_field.proposal_sampling import ProposalSampler, Proposed, Spans
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.single_grid import SingleGridField
 from generation.radiance_field.switch_nerf import SwitchNeRFField
@@ -24,6 +27,8 @@ from kernels.occupancy_grid import Marched
 from kernels.volume_rendering import Composited, composite, expected_depth
 
 FIELDS = {"hash_experts": HashExpertField, "single_grid": SingleGridField, "switch_nerf": SwitchNeRFField}
+SAMPLERS = ("occupancy", "proposal")
+BACKGROUNDS = ("none", "field")
 RAYS_AT_ONCE = 1 << 13  # of a picture: marching them takes no more memory than a few hundred steps of each
 BYTES_A_SAMPLE = 4096  # of a field's activations, about, with 64 channels
 
@@ -34,7 +39,7 @@ class Drawn:
 
     Attributes:
         colour: `[R, 3]` in [0, 1].
-        opacity: `[R]` in [0, 1].
+        opacity: `[R]` in [0, 1], without that of a background field, as are depth and experts.
         depth: `[R]`, the expected distance along the ray; inf where nothing is met.
         experts: `[R, E]`, each expert's share of the opacity; None of a field without experts.
     """
@@ -55,33 +60,57 @@ class Renderer(nn.Module):
     Args:
         kind: of field: "hash_experts" (Switch-NeRF++), "single_grid" (as instant-ngp has) or "switch_nerf".
         field: arguments of the field; its box is the scene's.
-        occupancy: arguments of the occupancy grid; its box is the scene's.
+        occupancy: arguments of the occupancy grid; its box is the scene's. None with `sampler` "proposal", which does
+            not look at it, at `step` and at `cone_angle`.
         step: least length of a sample, in the scene's units.
         cone_angle: growth of samples with distance; 0 for none.
+        sampler: "occupancy", which marches through the occupied cells of a grid, or "proposal": see `ProposalSampler`.
+        proposal: arguments of the `ProposalSampler`; None for its defaults.
+        background: "none", the scene's colour, or "field", an `OutsideOfEllipsoid` behind the foreground, whose box is
+            then the one around the ellipsoid.
+        background_field: arguments of the `OutsideOfEllipsoid`; None for its defaults.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or is given, but for another choice.
     """
 
     def __init__(
         self,
         kind: str,
         field: dict[str, Any],
-        occupancy: dict[str, Any],
-        step: float,
+        occupancy: dict[str, Any] | None = None,
+        step: float | None = None,
         cone_angle: float = 0.0,
+        sampler: Literal["occupancy", "proposal"] = "occupancy",
+        proposal: dict[str, Any] | None = None,
+        background: Literal["none", "field"] = "none",
+        background_field: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.settings = {"kind": kind, "field": field, "occupancy": occupancy, "step": step, "cone_angle": cone_angle}
-        if check_real("step", step) == 0:
+        self.settings |= {"sampler": sampler, "proposal": proposal}
+        self.settings |= {"background": background, "background_field": background_field}
+        marching = check_choice("sampler", sampler, SAMPLERS) == "occupancy"
+        outside = check_choice("background", background, BACKGROUNDS) == "field"
+        if proposal is not None and marching:
+            raise ValueError(f"proposal is {proposal}, but sampler is {sampler!r}; it is for sampler 'proposal'")
+        if background_field is not None and not outside:
+            words = f"background_field is {background_field}, but background is {background!r}"
+            raise ValueError(f"{words}; it is for background 'field'")
+        for name, value in (("occupancy", occupancy), ("step", step)):
+            if marching and value is None:
+                raise ValueError(f"{name} is None; sampler 'occupancy' needs it")
+        if marching and check_real("step", step) == 0:
             raise ValueError("step is 0; it must be above 0")
         self.step, self.cone_angle = step, check_real("cone_angle", cone_angle)
         unit = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         for name, arguments in (("field", field), ("occupancy", occupancy)):
-            if "box" in arguments:
+            if arguments is not None and "box" in arguments:
                 raise ValueError(f"{name} has a box, {arguments['box']}; it is the scene's")
         self.field = FIELDS[check_choice("kind", kind, tuple(FIELDS))](**field)
-        self.occupancy = OccupancyGrid(box=unit, **occupancy)
+        self.occupancy = OccupancyGrid(box=unit, **occupancy) if marching else None
+        self.proposal = None if marching else ProposalSampler(**proposal or {})
+        self.outside = OutsideOfEllipsoid(**background_field or {}) if outside else None
         for name, value in (("near", 0.0), ("far", 1.0)):
             self.register_buffer(name, torch.tensor(value))
         self.register_buffer("background", torch.ones(3))
@@ -93,27 +122,72 @@ class Renderer(nn.Module):
             return self.field.experts.grid.experts
         return self.field.experts.weights[0].shape[0] if isinstance(self.field, SwitchNeRFField) else 0
 
+    @property
+    def box(self) -> Tensor:
+        """`[2, 3]`, the scene's."""
+        return self.field.space.box if self.outside is None else self.outside.box
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by how they are trained: the field's groups, with those of proposals, and a background's heads."""
+        groups = {name: list(parameters) for name, parameters in self.field.parameter_groups().items()}
+        more = {} if self.proposal is None else self.proposal.parameter_groups()
+        for name, parameters in more.items():
+            groups.setdefault(name, []).extend(parameters)
+        if self.outside is not None:
+            groups.setdefault("heads", []).extend(self.outside.parameters())
+        return groups
+
     def place(self, scene: Scene) -> None:
         """Take box, distances and background of a scene.
 
         Raises:
-            ValueError: the field has embeddings, but not one for each appearance of the training pictures.
+            ValueError: a field has embeddings, but not one for each appearance of the training pictures; or, with a
+                background field, the cameras have no range along an axis.
         """
-        embedding = self.field.appearance
         wanted = len(scene.appearance_ids[scene.splits["train"]].unique())
-        if embedding is not None and embedding.num_embeddings != wanted:  # of more, some were noise in their mean
-            given = embedding.num_embeddings
-            raise ValueError(f"field.appearances is {given}; of scene {scene.name!r} it must be {wanted}, or 0")
-        self.field.space.box.copy_(scene.box)
-        self.occupancy.box.copy_(scene.box)
+        outside = None if self.outside is None else self.outside.field
+        for name, field in (("field", self.field), ("background_field", outside)):
+            embedding = None if field is None else field.appearance
+            if embedding is not None and embedding.num_embeddings != wanted:  # of more, some were noise in their mean
+                given = embedding.num_embeddings
+                raise ValueError(f"{name}.appearances is {given}; of scene {scene.name!r} it must be {wanted}, or 0")
+        box = scene.box
+        if self.outside is not None:
+            self.outside.place(scene)
+            box = self.outside.ellipsoid.box
+        self.field.space.box.copy_(box)
+        if self.occupancy is not None:
+            self.occupancy.box.copy_(box)
         self.near.fill_(scene.near)
         self.far.fill_(scene.far)
         self.background.copy_(torch.tensor(scene.background or (0.0, 0.0, 0.0)))
 
     def march(self, origins: Tensor, directions: Tensor, jitter: Tensor | None = None) -> Marched:
-        """Samples of rays `[R, 3]`; `jitter` `[R]` shifts each ray's by a part of a step."""
+        """Samples of rays `[R, 3]`; `jitter` `[R]` shifts each ray's by a part of a step, or of a bin."""
+        if self.proposal is not None:
+            return self.propose(origins, directions, self.spans(origins, directions), jitter).samples
         options = {"step": self.step, "cone_angle": self.cone_angle, "jitter": jitter}
-        return self.occupancy.march(origins, directions, float(self.near), float(self.far), **options)
+        return self.occupancy.march(origins, directions, *self._ends(origins, directions), **options)
+
+    def _ends(self, origins: Tensor, directions: Tensor) -> tuple[float, Tensor | float]:
+        """Between what distances rays are sampled."""
+        near, far = float(self.near), float(self.far)
+        return near, far if self.outside is None else self.outside.ends(origins, directions, near, far)
+
+    def spans(self, origins: Tensor, directions: Tensor) -> Spans:
+        """Where rays `[R, 3]` may have samples, with `sampler` "proposal"."""
+        return self.proposal.spans(origins, directions, *self._ends(origins, directions), self.field.space)
+
+    def propose(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        spans: Spans,
+        jitter: Tensor | None = None,
+        training_step: int | None = None,
+    ) -> Proposed:
+        """Samples with `sampler` "proposal", and what its losses are of; see `ProposalSampler`."""
+        return self.proposal(origins, directions, spans, self.field.space, jitter, training_step)
 
     def ask(
         self, origins: Tensor, directions: Tensor, samples: Marched, appearance: Tensor | int | None = None
@@ -131,14 +205,31 @@ class Renderer(nn.Module):
         points = torch.addcmul(origins.index_select(0, ray), along, middle[:, None])
         return self.field(points, along, appearance[ray] if isinstance(appearance, Tensor) else appearance)
 
-    def composite(self, said: FieldOutput, samples: Marched) -> Composited:
-        return composite(said.density, said.colour, *samples, background=self.background)
+    def behind(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        jitter: Tensor | None = None,
+        appearance: Tensor | int | None = None,
+    ) -> Tensor:
+        """Colours behind the foreground, `[3]` for all rays or `[R, 3]`; arguments as of `ask`, and a ray's jitter."""
+        if self.outside is None:
+            return self.background
+        return self.outside(origins, directions, self.background, jitter, appearance)
+
+    def composite(self, said: FieldOutput, samples: Marched, behind: Tensor | None = None) -> Composited:
+        """What samples make of a ray; `behind` as of the method, the scene's colour if None."""
+        behind = self.background if behind is None else behind
+        return composite(said.density, said.colour, *samples, background=behind)
 
     def update_occupancy(self, number: int, generator: torch.Generator | None = None) -> bool:
         """Look at the occupancy grid's cells again if step `number` is one at which that is done.
 
-        The field is asked as in evaluation: without noise, and without a capacity that would drop points.
+        The field is asked as in evaluation: without noise, and without a capacity that would drop points. With another
+        sampler there is no grid to look at.
         """
+        if self.occupancy is None:
+            return False
 
         def density_times_step(points: Tensor) -> Tensor:
             training = self.field.training
@@ -174,11 +265,12 @@ class Renderer(nn.Module):
         if origins.dim() != 2 or origins.shape[1] != 3 or directions.shape != origins.shape or not len(origins):
             shapes = f"{tuple(origins.shape)} and {tuple(directions.shape)}"
             raise ValueError(f"origins and directions have shapes {shapes}; both must be (R, 3), of one ray at least")
-        parts = []
-        for first in range(0, len(origins), RAYS_AT_ONCE):
-            some = slice(first, first + RAYS_AT_ONCE)
+        parts, most = [], memory // BYTES_A_SAMPLE
+        at_once = max(1, min(RAYS_AT_ONCE, most // self._samples_beside))
+        for first in range(0, len(origins), at_once):
+            some = slice(first, first + at_once)
             samples = self.march(origins[some], directions[some])
-            for rays, portion in portions(samples, memory // BYTES_A_SAMPLE):
+            for rays, portion in portions(samples, most):
                 parts.append(self._draw(origins[some][rays], directions[some][rays], portion, appearance))
         together = {}
         for field in fields(Drawn):
@@ -186,9 +278,15 @@ class Renderer(nn.Module):
             together[field.name] = None if several[0] is None else torch.cat(several)
         return Drawn(**together)
 
+    @property
+    def _samples_beside(self) -> int:
+        """Of a ray, at which other networks than the field are asked; 1 at least."""
+        proposed = 1 if self.proposal is None else self.proposal.most_samples
+        return max(proposed, 1 if self.outside is None else self.outside.samples)
+
     def _draw(self, origins: Tensor, directions: Tensor, samples: Marched, appearance: int | None) -> Drawn:
         said = self.ask(origins, directions, samples, appearance)
-        made = self.composite(said, samples)
+        made = self.composite(said, samples, self.behind(origins, directions, appearance=appearance))
         experts = None
         if self.experts:
             one_hot = torch.nn.functional.one_hot(said.expert, self.experts).to(made.weights.dtype)

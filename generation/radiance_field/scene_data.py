@@ -11,6 +11,7 @@ from generation.radiance_field.city_scene import load_city
 from generation.radiance_field.colmap_scenes import read_colmap, sparse_folder
 from generation.radiance_field.district_city import City
 from generation.radiance_field.mega_nerf_scenes import read_mega_nerf
+from generation.radiance_field.pybullet_scenes import PREFIX, BulletObject, load_bullet
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_files import assemble
 from generation.radiance_field.stereo_pair import load_stereo_pair
@@ -24,7 +25,7 @@ FORMATS = (
 
 
 def load_scene(
-    source: str | Path | City = "city",
+    source: str | Path | City | BulletObject = "city",
     *,
     lazy: bool = False,
     downscale: int = 1,
@@ -37,9 +38,10 @@ def load_scene(
     """A scene.
 
     Args:
-        source: "city" (the default city), a `City`, "stereo_motorcycle" (scikit-image's), or a folder with one of:
-            transforms.json, transforms_train.json, coordinates.pt, a COLMAP reconstruction; the first of them counts.
-            All that follows is for folders.
+        source: "city" (the default city), a `City`, "stereo_motorcycle" (scikit-image's), "pybullet:" and a file of
+            PyBullet's objects (see `pybullet_scenes`), a `BulletObject`, or a folder with one of: transforms.json,
+            transforms_train.json, coordinates.pt, a COLMAP reconstruction; the first of them counts. All that follows
+            is for folders.
         lazy: read a picture when it is asked for, rather than all of them now; they may differ in size then.
         downscale: by which pictures are made smaller, a whole number.
         alpha: keep alpha as a fourth channel, rather than composite on `background`.
@@ -52,8 +54,10 @@ def load_scene(
     Raises:
         ValueError: there is no such source, a file is missing, broken or not what it should be, a pose is none, or an
             argument does not apply; files, frames and arguments are named.
+        ImportError: the source is PyBullet's, which is not installed.
     """
-    if isinstance(source, City) or str(source) in BUILT_IN:
+    bullet = isinstance(source, BulletObject) or str(source).startswith(PREFIX)
+    if bullet or isinstance(source, City) or str(source) in BUILT_IN:
         given = {
             "lazy": lazy,
             "downscale": downscale != 1,
@@ -65,10 +69,14 @@ def load_scene(
         }
         for name in (name for name, differs in given.items() if differs):
             raise ValueError(f"{name} is given, but source is {source!r}; it is for folders")
+        if bullet:
+            return load_bullet(source if isinstance(source, BulletObject) else str(source))
         return load_city(source) if isinstance(source, City) else BUILT_IN[str(source)]()
     folder = Path(source)
     if not folder.is_dir():
-        raise ValueError(f"source is {str(source)!r}; expected {', '.join(BUILT_IN)}, or a folder with {FORMATS}")
+        raise ValueError(
+            f"source is {str(source)!r}; expected {', '.join(BUILT_IN)}, {PREFIX}FILE, or a folder with {FORMATS}"
+        )
     is_mega_nerf, is_colmap = False, False
     if (folder / "transforms.json").exists():
         found = read_transforms(folder)

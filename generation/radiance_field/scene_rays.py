@@ -108,7 +108,7 @@ class SceneRays(NumberedBatches):
     """Rays of a scene's training pictures, and its held-out frames.
 
     Args:
-        source: "city", "stereo_motorcycle", or a folder: see `load_scene`.
+        source: "city", "stereo_motorcycle", "pybullet:" and a file of PyBullet's, or a folder: see `load_scene`.
         city: arguments of the `City` in place of the default one; with source "city" alone.
         options: further arguments of `load_scene`.
         batch_size: rays that are drawn for an optimiser step, over all processes together; a training may use fewer.

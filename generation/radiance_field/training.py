@@ -25,10 +25,12 @@ from generation.atomic_files import write_folder_atomically
 from generation.loaded_weights import not_finite
 from generation.numbered_batches import generator_of_batch
 from generation.radiance_field.heads import FieldOutput
+from generation.radiance_field.proposal_sampling import Proposed
 from generation.radiance_field.renderer import Drawn, Renderer, first_rays, rays_within
 from generation.radiance_field.saved_renderer import save
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_rays import on_background
+from kernels.occupancy_grid import Marched
 
 LOSSES = ("smooth_l1", "mse")
 
@@ -41,13 +43,19 @@ class RadianceFieldTraining(pl.LightningModule):
     Args:
         kind: of field: see `Renderer`.
         field: arguments of the field.
-        occupancy: arguments of the occupancy grid.
+        occupancy: arguments of the occupancy grid; not looked at with sampler "proposal", nor are the next two.
         step: least length of a sample, in the scene's units.
         cone_angle: growth of samples with distance.
+        sampler: "occupancy" or "proposal": see `Renderer`.
+        proposal: arguments of the `ProposalSampler`.
+        background: "none" or "field": see `Renderer`.
+        background_field: arguments of the `OutsideOfEllipsoid`.
         samples: of a batch, over all processes together; a single ray may have more.
         loss: "smooth_l1", with the transition at `beta`, or "mse".
         beta: see `loss`.
         balance_weight: of the loss that keeps experts equally busy.
+        interlevel_weight: of the loss by which proposals learn.
+        distortion_weight: with proposals, of the loss that keeps a ray's weights together.
         grid_learning_rate, head_learning_rate, gate_learning_rate: of Adam, for hash grids, heads, and the gate with
             its grid; reached after `warmup_steps`, falling to `last_rate` of it along a cosine.
         warmup_steps: of a linear warm-up.
@@ -63,13 +71,19 @@ class RadianceFieldTraining(pl.LightningModule):
         self,
         kind: Literal["hash_experts", "single_grid", "switch_nerf"],
         field: dict[str, Any],
-        occupancy: dict[str, Any],
-        step: float,
+        occupancy: dict[str, Any] | None = None,
+        step: float | None = None,
         cone_angle: float = 0.0,
+        sampler: Literal["occupancy", "proposal"] = "occupancy",
+        proposal: dict[str, Any] | None = None,
+        background: Literal["none", "field"] = "none",
+        background_field: dict[str, Any] | None = None,
         samples: int = 1 << 15,
         loss: Literal["smooth_l1", "mse"] = "smooth_l1",
         beta: float = 0.1,
         balance_weight: float = 1e-2,
+        interlevel_weight: float = 1.0,
+        distortion_weight: float = 2e-3,
         grid_learning_rate: float = 1e-2,
         head_learning_rate: float = 5e-3,
         gate_learning_rate: float = 1e-3,
@@ -83,6 +97,8 @@ class RadianceFieldTraining(pl.LightningModule):
             ("samples", samples, samples >= 1, "at least 1"),
             ("beta", beta, beta > 0, "above 0"),
             ("balance_weight", balance_weight, balance_weight >= 0, "at least 0"),
+            ("interlevel_weight", interlevel_weight, interlevel_weight > 0, "above 0"),
+            ("distortion_weight", distortion_weight, distortion_weight >= 0, "at least 0"),
             ("grid_learning_rate", grid_learning_rate, grid_learning_rate > 0, "above 0"),
             ("head_learning_rate", head_learning_rate, head_learning_rate > 0, "above 0"),
             ("gate_learning_rate", gate_learning_rate, gate_learning_rate > 0, "above 0"),
@@ -93,7 +109,9 @@ class RadianceFieldTraining(pl.LightningModule):
             if not valid:
                 raise ValueError(f"{name} is {value}; it must be {words}")
         self.save_hyperparameters()
-        self.renderer = Renderer(kind, field, occupancy, step, cone_angle)
+        chosen = {"sampler": sampler, "proposal": proposal}
+        chosen |= {"background": background, "background_field": background_field}
+        self.renderer = Renderer(kind, field, occupancy, step, cone_angle, **chosen)
         self.seed = torch.initial_seed() % 2**31
 
     @property
@@ -124,14 +142,15 @@ class RadianceFieldTraining(pl.LightningModule):
     def _step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         if batch_index % self.trainer.accumulate_grad_batches == 0:
             self.renderer.update_occupancy(self.global_step, self._shared_generator())
-        samples = self.renderer.march(batch["origin"], batch["direction"], batch["jitter"])
-        rays, own = self._rays_of_step(samples.offsets)
-        samples = first_rays(samples, own)
-        said = self.renderer.ask(batch["origin"][:own], batch["direction"][:own], samples, batch["appearance"][:own])
-        colour = self.renderer.composite(said, samples).colour
-        wanted = batch["colour"][:own]
-        error = self.error(colour, wanted) / (3 * rays)
-        squared = F.mse_loss(colour.detach(), wanted, reduction="sum") / (3 * rays)
+        rays, own, samples, proposed = self._sampled(batch)
+        origins, directions, jitter, appearance, wanted = (
+            batch[name][:own] for name in ("origin", "direction", "jitter", "appearance", "colour")
+        )
+        said = self.renderer.ask(origins, directions, samples, appearance)
+        behind = self.renderer.behind(origins, directions, jitter, appearance)
+        made = self.renderer.composite(said, samples, behind)
+        error = self.error(made.colour, wanted) / (3 * rays)
+        squared = F.mse_loss(made.colour.detach(), wanted, reduction="sum") / (3 * rays)
         loads = error.new_zeros(0) if said.loads is None else said.loads
         sums = torch.stack([error.detach(), squared, error.new_tensor(len(samples.start))]).double()
         total = self.trainer.strategy.reduce(torch.cat([sums, loads]), reduce_op="sum")
@@ -141,7 +160,25 @@ class RadianceFieldTraining(pl.LightningModule):
         loss = error
         if said.balance_loss is not None:
             loss = loss + self.hparams.balance_weight * balance(said, total[3:])
+        if proposed is not None:
+            interlevel, distortion = proposed.losses(made.weights)
+            weighted = self.hparams.interlevel_weight * interlevel + self.hparams.distortion_weight * distortion
+            loss = loss + weighted / rays
         return loss * self.trainer.world_size  # over which DDP takes the mean of gradients
+
+    def _sampled(self, batch: dict[str, Tensor]) -> tuple[int, int, Marched, Proposed | None]:
+        """Of the batch's first rays, how many are taken (see `_rays_of_step`), samples, and how they were proposed."""
+        origins, directions, jitter = batch["origin"], batch["direction"], batch["jitter"]
+        if self.renderer.proposal is None:
+            samples = self.renderer.march(origins, directions, jitter)
+            rays, own = self._rays_of_step(samples.offsets)
+            return rays, own, first_rays(samples, own), None
+        # Proposals are asked for the rays that are taken alone: how many samples each has is known before.
+        spans = self.renderer.spans(origins, directions)
+        rays, own = self._rays_of_step(self.renderer.proposal.offsets(spans))
+        spans = type(spans)(*(value[:own] for value in spans))
+        proposed = self.renderer.propose(origins[:own], directions[:own], spans, jitter[:own], self.global_step)
+        return rays, own, proposed.samples, proposed
 
     def _rays_of_step(self, offsets: Tensor) -> tuple[int, int]:
         """How many of the batch's first rays are taken, by all processes together and by this one."""
@@ -202,7 +239,7 @@ class RadianceFieldTraining(pl.LightningModule):
         }
         groups = [
             {"params": parameters, "lr": rates[name], "weight_decay": settings.weight_decay if name == "heads" else 0.0}
-            for name, parameters in self.renderer.field.parameter_groups().items()
+            for name, parameters in self.renderer.parameter_groups().items()
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
         total = self.trainer.estimated_stepping_batches

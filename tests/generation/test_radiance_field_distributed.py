@@ -11,6 +11,8 @@ import torch
 
 from generation.radiance_field import expert_sharding
 from generation.radiance_field.expert_sharding import owned
+from tests.generation import test_outside_of_ellipsoid as outside
+from tests.generation import test_proposal_sampling as proposals
 from tests.generation import test_radiance_field_training as small
 from tests.generation.test_radiance_field_training import cache  # noqa: F401 - a fixture of the module
 
@@ -20,6 +22,9 @@ CASES = {
     "rays of the budget": {"samples": 512},
     "one ray": {"samples": 1},  # the other process has none
     "single grid": {"kind": "single_grid", "samples": 1 << 14},
+    "proposals": proposals.SAMPLER | {"samples": 512},
+    "proposals of one ray": proposals.SAMPLER | {"samples": 1},
+    "background field": {"background": "field", "background_field": outside.FIELD, "samples": 512},
     "switch_nerf": {"kind": "switch_nerf", "field": {"capacity_factor": 0.0, "density_noise": 0.0}, "samples": 2048},
 }
 STEPS = 6  # the occupancy grid is looked at twice

@@ -189,7 +189,7 @@ def test_damaged_file_is_traced_again(tmp_path, small, caplog):
 def test_cache_that_cannot_be_written_is_no_obstacle(tmp_path, small, caplog):
     (tmp_path / "file").write_text("")
     assert torch.equal(load_city(SMALL, tmp_path / "file").images, small.images)
-    assert "traced each time" in caplog.text
+    assert "made each time" in caplog.text
 
 
 def test_cache_folder_is_the_users(tmp_path, monkeypatch):

@@ -224,7 +224,7 @@ def test_other_damage_to_mega_nerf_files(taken, tmp_path, case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "nowhere"}, "source is 'nowhere'; expected city, stereo_motorcycle, or a folder"),
+        ({"source": "nowhere"}, "source is 'nowhere'; expected city, stereo_motorcycle, pybullet:FILE, or a folder"),
         ({"source": "city", "downscale": 2}, "downscale is given, but source is 'city'; it is for folders"),
         ({"source": CITY, "lazy": True}, "lazy is given, but source is City"),
         ({"background": "pink"}, "background is 'pink'; valid are 'white', 'black'"),
