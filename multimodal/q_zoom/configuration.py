@@ -42,6 +42,9 @@ class QZoomConfig:
         coarse_tokens: least and most visual tokens of the whole image.
         region_tokens: least and most visual tokens of a region.
         max_visual_tokens: most visual tokens of the image and its regions together; `None` for no limit.
+        exact: run the decoder's last layer for all tokens of a prompt, so that the scores of answers without a closer
+            look are the stock model's bit for bit. Otherwise it runs for the last token alone, which is faster and the
+            same up to rounding.
 
     Raises:
         ValueError: a setting outside its range.
@@ -65,6 +68,7 @@ class QZoomConfig:
     coarse_tokens: tuple[int, int] = (256, 576)
     region_tokens: tuple[int, int] = (256, 576)
     max_visual_tokens: int | None = None
+    exact: bool = False
 
     def __post_init__(self):
         for name, least in LEAST.items():

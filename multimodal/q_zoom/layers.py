@@ -80,18 +80,17 @@ def heads(attention: nn.Module, projection: str, hidden: Tensor) -> Tensor:
     return (states if norm is None else norm(states)).transpose(1, 2)
 
 
-def keep_keys_and_values(layer: nn.Module, hidden: Tensor, rotary: Rotary, cache: DynamicCache) -> None:
-    """Put into `cache` what `layer` would, given `hidden`, without computing its output."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    cache.update(rotate(heads(attention, "k", normed), rotary), heads(attention, "v", normed), attention.layer_idx)
+def last_token(layer: nn.Module, hidden: Tensor, rotary: Rotary, cache: DynamicCache | None = None) -> Tensor:
+    """The output of `layer` for the last token, `[1, 1, C]`: the others give keys and values only.
 
-
-def last_token(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-    """The output of `layer` for the last token, `[1, 1, C]`: the others give keys and values only."""
-    cache = DynamicCache()
+    Args:
+        cache: takes the keys and values of all tokens.
+    """
+    cache = DynamicCache() if cache is None else cache
     cosine, sine = rotary
-    keep_keys_and_values(layer, hidden[:, :-1], (cosine[:, :-1], sine[:, :-1]), cache)
+    attention, normed, before = layer.self_attn, layer.input_layernorm(hidden[:, :-1]), (cosine[:, :-1], sine[:, :-1])
+    keys, values = rotate(heads(attention, "k", normed), before), heads(attention, "v", normed)
+    cache.update(keys, values, attention.layer_idx)
     return layer(
         hidden[:, -1:],
         attention_mask=None,

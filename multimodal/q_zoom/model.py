@@ -258,7 +258,7 @@ class QZoom(nn.Module):
             cells: the same in cells of the source image.
             reuse: as of `prefill.reread`.
         """
-        budget = self._region_budget(tap.prompt, len(boxes))
+        budget = self.region_budget(tap.prompt, len(boxes))
         if budget is None:
             return None
         regions = self.adapter.encode([picture.crop(box) for box in boxes], budget)
@@ -268,19 +268,19 @@ class QZoom(nn.Module):
     def _read(
         self, prompt: Prompt, picture: Image, gate: str, chosen: Sequence[Box], thresholds: tuple[float, float]
     ) -> tuple[Prefilled, ZoomInfo]:
-        """One prompt read but for its last token, with a closer look if it is to have one."""
+        """One prompt read, with a closer look if it is to have one."""
         tap = self.read_to_tap(prompt)
         probability = None
         if gate == "auto" and not chosen:
             probability = check_real("the gate's probability", gate_probability(self.adapter, tap, self.gate), 0, 1)
             if probability < thresholds[0]:
-                return read_on(self.adapter, tap, logits=False), self.closed(prompt, picture, probability)
+                return read_on(self.adapter, tap, exact=self.config.exact), self.closed(prompt, picture, probability)
         return self.open(tap, picture, chosen, thresholds[1], probability)
 
     def open(
         self, tap: Tap, picture: Image, chosen: Sequence[Box], threshold: float, probability: float | None
     ) -> tuple[Prefilled, ZoomInfo]:
-        """A prompt read but for its last token with a closer look at `chosen` boxes, or at those proposed.
+        """A prompt read with a closer look at `chosen` boxes, or at those proposed.
 
         Args:
             threshold: of the region.
@@ -296,12 +296,12 @@ class QZoom(nn.Module):
         if closer is None:
             note = "no visual tokens are left for a region" if where.boxes else "no cell is above the region threshold"
             info = self.closed(prompt, picture, probability, where.heat_map, note)
-            return read_on(self.adapter, tap, logits=False), info
+            return read_on(self.adapter, tap, exact=self.config.exact), info
         source = prompt.grid[0] * prompt.grid[1]
         tokens = int(closer.prompt.visual.sum()) - source
         full = full_tokens(picture, self.adapter.cell_pixels)
         info = ZoomInfo(probability, True, where.boxes, where.heat_map, source, tokens, full)
-        return read_on(self.adapter, closer, logits=False), info
+        return read_on(self.adapter, closer, exact=self.config.exact), info
 
     def closed(
         self,
@@ -326,7 +326,8 @@ class QZoom(nn.Module):
         names = ("gate_threshold", "region_threshold")
         return tuple(check_real(name, value, 0, 1) for name, value in zip(names, pair, strict=True))
 
-    def _region_budget(self, prompt: Prompt, regions: int) -> tuple[int, int] | None:
+    def region_budget(self, prompt: Prompt, regions: int) -> tuple[int, int] | None:
+        """Least and most visual tokens of each of so many regions; `None` if none are left."""
         least, most = self.config.region_tokens
         if self.config.max_visual_tokens is not None:
             most = min(most, (self.config.max_visual_tokens - prompt.grid[0] * prompt.grid[1]) // regions)

@@ -166,6 +166,8 @@ class OperationCount:
         share_first_layer: the proposal begins with the first layer of the gate.
         tokens_before, tokens_after: of the prompt's text, before and after the image.
         answer_tokens: of the answer; the first comes from the prefill itself.
+        last_token_only: count as `QZoom` computes: of the last layers of gate and decoder, keys and values of all
+            tokens and all else of the last. Otherwise these layers count whole, as the published code computes them.
     """
 
     text: TextShape
@@ -177,6 +179,7 @@ class OperationCount:
     tokens_before: int = 16
     tokens_after: int = 32
     answer_tokens: int = 1
+    last_token_only: bool = False
 
     def __post_init__(self):
         check_whole("tap_layer", self.tap_layer, 1, self.text.layers)
@@ -191,7 +194,7 @@ class OperationCount:
         """Of a backbone's transformers configuration and the settings of the Q-Zoom around it.
 
         Args:
-            tokens: `tokens_before`, `tokens_after`, `answer_tokens`.
+            tokens: `tokens_before`, `tokens_after`, `answer_tokens`; and `last_token_only`.
 
         Raises:
             ValueError: as `vision_shape` does.
@@ -214,7 +217,8 @@ class OperationCount:
 
     def closed(self, visual: int) -> float:
         """Where the gate does not open: the backbone and the gate."""
-        return self.base(visual) + self._layers(self.gate_depth, self._length(visual))
+        length = self._length(visual)
+        return self.base(visual) + self._layers(self.gate_depth, length) - self._left_out(length, length)
 
     def open(self, visual: int, region: int, *, reuse: bool = True) -> float:
         """Where the gate opens and the region is read as `region` tokens and two marks.
@@ -240,6 +244,7 @@ class OperationCount:
             + self.tap_layer * again
             + self._layers(text.layers - self.tap_layer, fused)
             + self._answer(fused)
+            - self._left_out(length, fused)
         )
 
     def expected(self, visual: int, region: int, open_share: float) -> float:
@@ -260,6 +265,18 @@ class OperationCount:
 
     def _layers(self, layers: int, tokens: int) -> float:
         return layers * self.text.layer_operations(tokens)
+
+    def _left_out(self, gate_tokens: int, decoder_tokens: int) -> float:
+        """What `last_token_only` saves in the last layers of the gate and of the decoder."""
+        if not self.last_token_only:
+            return 0.0
+        text = self.text
+        keys_and_values = 4 * text.width * text.key_value_heads * text.head_width
+        lengths = [decoder_tokens, *([gate_tokens] if self.gate_depth > 0 else [])]
+        return sum(
+            text.layer_operations(tokens) - text.layer_operations(1, tokens - 1) - (tokens - 1) * keys_and_values
+            for tokens in lengths
+        )
 
     def _answer(self, length: int) -> float:
         steps = (self.text.layer_operations(1, length + step) for step in range(self.answer_tokens - 1))

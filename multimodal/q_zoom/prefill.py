@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from multimodal.q_zoom.adapters.protocol import BackboneAdapter
 from multimodal.q_zoom.heads import RegionProposal, ZoomGate
-from multimodal.q_zoom.layers import beginning, causal_mask, keep_keys_and_values, run_layers
+from multimodal.q_zoom.layers import beginning, causal_mask, last_token, run_layers
 from multimodal.q_zoom.prompt import ImageTokens, Prompt, with_regions
 
 
@@ -43,13 +43,13 @@ class Prefilled:
     """A prompt read by all layers.
 
     Args:
-        cache: keys and values of all tokens, or of all but the last where `logits` is `None`.
+        cache: keys and values of all tokens.
         logits: `[V]` of the last token.
     """
 
     prompt: Prompt
     cache: DynamicCache
-    logits: Tensor | None
+    logits: Tensor
 
 
 def read_to_tap(adapter: BackboneAdapter, prompt: Prompt, depth: int) -> Tap:
@@ -136,21 +136,17 @@ def reread(adapter: BackboneAdapter, tap: Tap, fused: Prompt, *, reuse: bool = T
     return Tap(fused, torch.cat((tap.hidden[:, :kept], hidden), dim=1), cache)
 
 
-def read_on(adapter: BackboneAdapter, tap: Tap, *, logits: bool) -> Prefilled:
+def read_on(adapter: BackboneAdapter, tap: Tap, *, exact: bool = False) -> Prefilled:
     """Run the layers after the tap, which stays as it is.
 
     Args:
-        logits: run all layers for all tokens, as the stock model does, and its head for the last; otherwise leave the
-            last token to `generate` and of the last layer compute keys and values alone, which all else needs.
+        exact: run the last layer for all tokens, as the stock model does, whose logits come out bit for bit; otherwise
+            it runs for the last token alone and the others give keys and values, which is all that anything needs.
     """
     decoder, count = adapter.decoder, len(adapter.decoder.layers)
-    tokens = tap.prompt.length - (not logits)
-    hidden = tap.hidden[:, :tokens]
-    cache = beginning(tap.cache, tap.depth, tokens)
-    rotary = adapter.rotary(hidden, tap.prompt.positions[..., :tokens])
-    stop = count if logits else count - 1
-    hidden = run_layers(decoder, range(tap.depth, stop), hidden, rotary, cache)
-    if not logits:
-        keep_keys_and_values(decoder.layers[-1], hidden, rotary, cache)
-        return Prefilled(tap.prompt, cache, None)
-    return Prefilled(tap.prompt, cache, decoder.head(decoder.norm(hidden)[:, -1])[0])
+    hidden, cache = tap.hidden, beginning(tap.cache, tap.depth, tap.prompt.length)
+    rotary = adapter.rotary(hidden, tap.prompt.positions)
+    hidden = run_layers(decoder, range(tap.depth, count if exact else count - 1), hidden, rotary, cache)
+    if not exact:
+        hidden = last_token(decoder.layers[-1], hidden, rotary, cache)
+    return Prefilled(tap.prompt, cache, decoder.head(decoder.norm(hidden)[:, -1:])[0, 0])

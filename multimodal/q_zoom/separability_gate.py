@@ -41,7 +41,7 @@ def answer_twice(
     taps = [zoom.read_to_tap(prompt) for prompt in prompts]
     first = continue_by_generate(
         zoom.adapter,
-        [read_on(zoom.adapter, tap, logits=False) for tap in taps],
+        [read_on(zoom.adapter, tap, exact=zoom.config.exact) for tap in taps],
         ids,
         {**options, "return_dict_in_generate": True, "output_logits": True},
     )

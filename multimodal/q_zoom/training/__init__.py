@@ -1,0 +1,1 @@
+"""Training of Q-Zoom's branches and of its model: labels, data, and the stages as Lightning modules."""

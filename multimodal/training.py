@@ -1,0 +1,167 @@
+"""`python -m multimodal fit|validate --config configs/multimodal/<experiment>.yaml`: a LightningCLI for all stages.
+
+The YAML names the stage (`model.class_path`) and its data; every argument of both and of the trainer is a key of it
+and a flag. A run writes into `<runs>/<experiment>/<number>/`: config.yaml, metrics.csv, checkpoints/last.ckpt, and the
+trained branches (see `multimodal.q_zoom.training.stages`). `--ckpt_path last` resumes the experiment's newest run, in a
+folder of its own; Ctrl-C ends a run after the step it came in, with a checkpoint.
+"""
+
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from kernels.native.memory import keep_freed_memory
+
+CHECKPOINT_EVERY = 500  # steps
+
+
+def checkpoint_path(given: str | None, root: Path, numbers: Sequence[int]) -> str | None:
+    """What `--ckpt_path` means.
+
+    Args:
+        given: a path or URL, or "last" for the newest checkpoint of the runs `numbers`, in ascending order, in `root`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if given == "last":
+        checkpoints = [root / str(number) / "checkpoints" / "last.ckpt" for number in reversed(numbers)]
+        found = next((str(path) for path in checkpoints if path.is_file()), None)
+        if found is None:
+            raise ValueError(f"ckpt_path is 'last', but no run in {root} has a checkpoint")
+        return found
+    if given is not None and "://" not in given and not Path(given).exists():
+        raise ValueError(f"ckpt_path is {given!r}; there is no such file; valid are a checkpoint and 'last'")
+    return given
+
+
+class StopAfterStep(pl.Callback):
+    """Ctrl-C lets the step end, leaves a checkpoint and then interrupts; a second one interrupts at once.
+
+    Processes of a distributed run may be in different steps when it reaches them: there it is as Lightning has it.
+
+    Args:
+        checkpoint: the file.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self.asked, self.before = checkpoint, False, None
+
+    def on_train_start(self, trainer: Trainer, module: pl.LightningModule) -> None:
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        if self.asked and (batch_index + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self.checkpoint)
+            raise KeyboardInterrupt(f"step {trainer.global_step} is kept: go on with --ckpt_path last")
+
+    def teardown(self, trainer: Trainer, module: pl.LightningModule, stage: str) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class TrainingCommandLine(LightningCLI):
+    """LightningCLI with run folders.
+
+    Args:
+        args: the subcommand and its flags.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "python -m multimodal", "description": __doc__},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--experiment", type=str | None, default=None, help="Folder in it. Default: the name of the config file."
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning's own version warns of arguments given from Python, which is how `python -m multimodal` gives them.
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        if "weights_only" in settings:
+            settings.weights_only = True  # Lightning would unpickle a checkpoint that lies behind a URL
+        files = settings.get("config") or []
+        experiment = settings.experiment or (Path(str(files[-1])).stem if files else "unnamed")
+        root = Path(settings.runs) / experiment
+        numbers = sorted(int(entry.name) for entry in root.glob("*") if entry.name.isdecimal())
+        self.run_folder = root / str(numbers[-1] + 1 if numbers else 0)
+        try:
+            settings.ckpt_path = checkpoint_path(settings.get("ckpt_path"), root, numbers)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        given = settings.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            folder, kept = self.run_folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
+            callbacks.append(ModelCheckpoint(folder, every_n_train_steps=CHECKPOINT_EVERY, **kept))
+            callbacks.append(StopAfterStep(folder / "last.ckpt"))
+        kwargs = {"default_root_dir": self.run_folder, "callbacks": callbacks} | kwargs
+        if settings.logger is None:
+            kwargs["logger"] = CSVLogger(self.run_folder, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        self.trainer.save_checkpoint(self.run_folder / "checkpoints" / "last.ckpt")
+
+
+# Lightning's warnings that are wrong here: frozen networks stay in evaluation mode, the batches do resume in mid-epoch,
+# a resumed run keeps its checkpoints in a folder of its own, and drawn data is faster without workers.
+_MISTAKEN_WARNINGS = (
+    r"The dirpath has changed",
+    r".*module\(s\) in eval mode at the start of training",
+    r".*your dataloader is not resumable",
+    r".*does not have many workers",
+    r".*isinstance\(treespec, LeafSpec\)",
+)
+
+
+def prepare_process() -> None:
+    """Once in a process that trains: keep freed memory, and be silent where warnings and notices are wrong."""
+    keep_freed_memory()
+    for message in _MISTAKEN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(arguments: list[str]) -> None:
+    """Train or validate as the command line says, without the program's name."""
+    prepare_process()
+    TrainingCommandLine(arguments)
