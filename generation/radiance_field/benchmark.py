@@ -234,6 +234,7 @@ class CityStep:
 
     def __init__(self, samples: int):
         settings = yaml.safe_load((files("configs") / CONFIG).read_text())["model"]["init_args"]
+        self.beta = settings["beta"]
         self.renderer = Renderer(*(settings[name] for name in ("kind", "field", "occupancy", "step"))).train()
         self.field, scene = self.renderer.field, load_city(CITY)
         self.renderer.place(scene)
@@ -301,7 +302,7 @@ class CityStep:
         return [colour.detach(), *torch.autograd.grad(self._error(colour), (self.density, self.colour))]
 
     def _error(self, colour: Tensor) -> Tensor:
-        return F.smooth_l1_loss(colour, self.wanted, beta=0.1)
+        return F.smooth_l1_loss(colour, self.wanted, beta=self.beta)
 
     def whole(self) -> None:
         self.optimizer.zero_grad()

@@ -108,8 +108,14 @@ def _table(cameras: Sequence[ColmapCamera], names: Sequence[str]) -> Tensor:
 
 
 def _pose(image: ColmapImage) -> Tensor:
-    """Camera to world `[3, 4]`, in OpenGL axes and the world of here; NaN if the quaternion is 0."""
+    """Camera to world `[3, 4]`, in OpenGL axes and the world of here.
+
+    Raises:
+        ValueError: the quaternion has length 0.
+    """
     quaternion = torch.tensor(image.quaternion, dtype=torch.float64)
+    if not quaternion.any():
+        raise ValueError(f"image {image.name!r} has a quaternion of length 0; it must be a rotation (w, x, y, z)")
     w, x, y, z = (quaternion / quaternion.norm()).tolist()
     rotation = torch.tensor(
         [
@@ -179,7 +185,12 @@ def _binary_cameras(path: Path) -> dict[int, ColmapCamera]:
     for _ in range(data.take("Q")[0]):
         number, model, width, height = data.take("iiQQ")
         where = f"{str(path)!r}: camera {number}"
-        name = MODEL_NAMES[model] if 0 <= model < len(MODEL_NAMES) else str(model)
+        if not 0 <= model < len(MODEL_NAMES):
+            raise ValueError(
+                f"{where} is of model number {model}, but COLMAP has no such model: {str(path)!r} is damaged, "
+                "or not COLMAP's"
+            )
+        name = MODEL_NAMES[model]
         values = data.take(f"{len(MODELS.get(name, '').split())}d")
         cameras[number] = _camera(name, width, height, values, where)
     data.check_end()
@@ -226,7 +237,14 @@ def _text_images(path: Path) -> list[ColmapImage]:
     while lines and not lines[-1][1]:
         lines.pop()
     images = []
-    for number, line in lines[::2]:  # each second line has the points seen, and may be empty
+    for place, (number, line) in enumerate(lines):
+        if place % 2:  # each second line has the points seen, and may be empty
+            if not _holds_points(line):
+                raise ValueError(
+                    f"{str(path)!r}, line {number} is {line[:80]!r}; it must hold the points of {images[-1].name!r}, "
+                    "or be empty: each picture has two lines"
+                )
+            continue
         try:
             _, *pose, camera, name = line.split(maxsplit=9)
             values = [float(value) for value in pose]
@@ -238,3 +256,10 @@ def _text_images(path: Path) -> list[ColmapImage]:
                 f"{str(path)!r}, line {number} is {line[:80]!r}; expected: id qw qx qy qz tx ty tz camera name"
             ) from error
     return images
+
+
+def _holds_points(line: str) -> bool:
+    """Whether a line is x, y and the number of a point, any number of times: the last is a whole number, unlike the
+    name of a picture."""
+    parts = line.split()
+    return not parts or (len(parts) % 3 == 0 and parts[-1].lstrip("-").isdecimal())

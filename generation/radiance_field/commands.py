@@ -16,7 +16,9 @@ RENDER = """Flies through a trained radiance field.
     python -m generation render city --path orbit --output fly.mp4
 
 writes fly.mp4, fly-depth.mp4 and, of a mixture, fly-expert.mp4 (which expert owns which pixel), and all frames as
-pictures into the folder fly/. Stopped and started again it goes on; `torchrun` shares the frames out."""
+pictures into the folder fly/. Stopped and started again it goes on; `torchrun` shares the frames out.
+
+Orbit and spiral go about the lowest side of the scene's box; which way is up is found by the training cameras."""
 
 
 def size(text: str) -> tuple[int, int]:
@@ -44,7 +46,8 @@ def render_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the training pictures', the longer side 320)")
     add("--rate", type=int, default=24, help="frames a second (default: %(default)s)")
     add("--memory", type=int, default=512, help="MiB that activations may take, about (default: %(default)s)")
-    add("--output", type=Path, default=Path("fly.mp4"), help="video file (default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--output", type=Path, default=Path("fly.mp4"), help="video file, ending in .mp4 (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_numbers(parser, options, LIMITS)
     if options.output.suffix.lower() != ".mp4":

@@ -9,6 +9,7 @@ JSON, with plots of quality over time and of the experts' loads, and a picture o
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,18 +26,28 @@ from PIL import Image
 
 from generation.atomic_files import prepare_output, write_atomically, write_json
 from generation.finished_runs import finished, keep
-from generation.radiance_field.pictures import colour_picture, expert_palette, expert_picture
+from generation.radiance_field.pictures import colour_picture, expert_palette, expert_picture, to_bytes
+from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_rays import SceneRays
-from generation.radiance_field.training import RadianceFieldTraining, measures
+from generation.radiance_field.training import RadianceFieldTraining
 from generation.training import prepare_process
 
 MEASURES = {
     "psnr": "{:.2f}",
     "ssim": "{:.3f}",
-    "cpu_seconds": "{:.0f}",
+    "cpu_seconds": "{:.1f}",
+    "wall_seconds": "{:.1f}",
     "picture_seconds": "{:.3f}",
     "least_load": "{:.2f}",
 }
+
+
+CLOCKS = {"cpu_seconds": lambda: time.process_time(), "wall_seconds": lambda: time.perf_counter()}
+
+
+def file_name(variant: str) -> str:
+    """What the files of a variant are called: its name, with a hyphen for what a shell would have to be told about."""
+    return re.sub(r"[^\w.+^=-]+", "-", variant).strip("-")
 
 
 @dataclass
@@ -71,6 +82,12 @@ class Comparison:
         for name in ("steps", "judged_every", "cpu_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        names = [file_name(variant) for variant in self.variants]
+        for variant, name in zip(self.variants, names, strict=True):
+            if not name or names.count(name) > 1:
+                raise ValueError(
+                    f"variants has {variant!r}, whose files' name, {name!r}, is empty or another's as well"
+                )
         if self.reference is not None and self.reference not in self.variants:
             raise ValueError(f"reference is {self.reference!r}; valid are {', '.join(self.variants)}")
 
@@ -79,34 +96,51 @@ class Judged(pl.Callback):
     """Notes quality, time and loads along the way, and stops where the time is used up."""
 
     def __init__(self, every: int, cpu_seconds: float) -> None:
-        self.every, self.limit, self.seconds, self.points = every, cpu_seconds, 0.0, []
+        self.every, self.limit, self.points = every, cpu_seconds, []
+        self.seconds = dict.fromkeys(CLOCKS, 0.0)  # of training, before this stretch of it
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.started = time.process_time()
+    def on_train_start(self, trainer: pl.Trainer, module: RadianceFieldTraining) -> None:
+        judged_frames(module.scene)  # before the first step
+        self.started = {name: clock() for name, clock in CLOCKS.items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: RadianceFieldTraining, *_: Any) -> None:
-        spent = self.seconds + time.process_time() - self.started
-        over = spent >= self.limit
+        spent = {name: self.seconds[name] + clock() - self.started[name] for name, clock in CLOCKS.items()}
+        over = spent["cpu_seconds"] >= self.limit
         trainer.should_stop = trainer.should_stop or over
         if trainer.global_step % self.every and not over and trainer.global_step < trainer.max_steps:
             return
         loads = [value.item() for name, value in trainer.callback_metrics.items() if name.startswith("load/")]
         scores = judge(module)
         module.train()
-        self.points.append({"step": trainer.global_step, "cpu_seconds": spent, "loads": loads, **scores})
-        self.seconds, self.started = spent, time.process_time()
+        self.points.append({"step": trainer.global_step, **spent, "loads": loads, **scores})
+        self.seconds, self.started = spent, {name: clock() for name, clock in CLOCKS.items()}
+
+
+def judged_frames(scene: Scene) -> list[int]:
+    """The frames of the test split.
+
+    Raises:
+        ValueError: there are none.
+    """
+    frames = scene.splits["test"].tolist()
+    if not frames:
+        raise ValueError(f"scene {scene.name!r} holds out no picture to judge by")
+    return frames
 
 
 @torch.no_grad()
 def judge(module: RadianceFieldTraining) -> dict[str, float]:
-    """Means over the held-out pictures, and the CPU seconds in which one is drawn."""
+    """Means over the held-out pictures, and the CPU seconds in which one is drawn.
+
+    Raises:
+        ValueError: the scene has none.
+    """
     found, seconds = [], 0.0
-    for frame in module.scene.splits["test"].tolist():
+    for frame in judged_frames(module.scene):
         started = time.process_time()
         drawn = module.draw(frame)
         seconds += time.process_time() - started
-        wanted = torch.as_tensor(module.scene.images[frame])[..., :3].float() / 255
-        found.append(measures(drawn.colour, wanted))
+        found.append(module.scores(drawn, frame))
     scores = {name: mean(each[name].item() for each in found) for name in found[0]}
     return scores | {"picture_seconds": seconds / len(found)}
 
@@ -130,7 +164,7 @@ def run(comparison: Comparison, variant: str, seed: int) -> dict[str, Any]:
     trainer.fit(module, SceneRays(**comparison.data, seed=seed))
     last = judged.points[-1]
     if seed == comparison.seeds[0]:
-        show(module, comparison.output / f"{variant}.png")
+        show(module, comparison.output / f"{file_name(variant)}.png")
     parameters = sum(p.numel() for p in module.renderer.parameters())
     result = {"variant": variant, "seed": seed, "parameters": parameters, "steps": last["step"]}
     loads = {"least_load": min(last["loads"])} if last["loads"] else {}
@@ -139,9 +173,9 @@ def run(comparison: Comparison, variant: str, seed: int) -> dict[str, Any]:
 
 def show(module: RadianceFieldTraining, path: Path) -> None:
     """The first held-out picture: real, drawn, and which expert owns what."""
-    frame = int(module.scene.splits["test"][0])
+    frame = judged_frames(module.scene)[0]
     drawn = module.draw(frame)
-    pictures = [torch.as_tensor(module.scene.images[frame])[..., :3].numpy(), colour_picture(drawn)]
+    pictures = [to_bytes(module.photograph(frame).cpu()), colour_picture(drawn)]
     if (experts := expert_picture(drawn)) is not None:
         pictures.append(experts)
     image = Image.fromarray(torch.cat([torch.from_numpy(p) for p in pictures], 1).numpy())
@@ -185,7 +219,7 @@ def table(rows: Sequence[dict[str, Any]], comparison: Comparison) -> list[str]:
             needed = seconds_until(of[comparison.reference], mean(row["psnr"] for row in runs))
             own = mean(row["cpu_seconds"] for row in runs)
             cells.append(
-                "" if needed is None or variant == comparison.reference else f"{needed:.0f} s, {own / needed:.1f}x"
+                "" if needed is None or variant == comparison.reference else f"{needed:.1f} s, {own / needed:.1f}x"
             )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -227,7 +261,7 @@ def main(arguments: list[str]) -> None:
     prepare_process()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.variants]
-    files = {own: comparison.output / f"{own[0]}-{own[1]}.json" for own in runs}
+    files = {own: comparison.output / f"{file_name(own[0])}-{own[1]}.json" for own in runs}
     try:
         prepare_output("output", comparison.output, as_folder=True)
         done = {own: finished(files[own], settings_of(comparison, *own)) for own in runs}
@@ -237,7 +271,8 @@ def main(arguments: list[str]) -> None:
         if result is None:
             done[own] = result = run(comparison, *own)
             keep(files[own], result, settings_of(comparison, *own))
-            print(f"{own[0]}, seed {own[1]}: {result['psnr']:.2f} dB, {result['cpu_seconds']:.0f} CPU s", flush=True)
+            spent = f"{result['cpu_seconds']:.1f} CPU s, {result['wall_seconds']:.1f} s by the clock"
+            print(f"{own[0]}, seed {own[1]}: {result['psnr']:.2f} dB, {result['steps']} steps in {spent}", flush=True)
     rows = list(done.values())
     write_json(comparison.output / "comparison.json", rows)
     figures = {"quality.png": plot_quality(rows, list(comparison.variants)), "loads.png": plot_loads(rows)}

@@ -36,17 +36,18 @@ from generation.radiance_field.heads import (
     put_back,
     route_points,
 )
-from generation.radiance_field.single_grid import UNIT_BOX, GridTable, checked_grid
+from generation.radiance_field.single_grid import UNIT_BOX, GridTable, bytes_of_heads, checked_grid
 from kernels.expert_dispatch import Routing, dispatch, load_balance_loss
 from kernels.hash_encoding import HashGrid
 
 RANGES = tuple((16.0, 2.0 ** (11 + e / 2)) for e in range(8))
+BYTES_OF_EXPERT = 24  # of a point's score, probability and share, and of where they are one-hot
 
 
 class _NormOfColumns(torch.autograd.Function):
     """Layer norm of rows whose numbers of one kind lie side by side in memory.
 
-    PyTorch's own copies such rows, and takes them one at a time: 6.3 against 1.3 ms, both passes of 2^15 rows of 8.
+    PyTorch's own copies such rows, and takes them one at a time.
     """
 
     @staticmethod
@@ -194,6 +195,17 @@ class HashExpertField(HeadedField):
         groups = {"gate": list(self.gate.parameters()), "grids": list(self.experts.parameters())}
         elsewhere = {id(parameter) for group in groups.values() for parameter in group}
         return groups | {"heads": [parameter for parameter in self.parameters() if id(parameter) not in elsewhere]}
+
+    @property
+    def expert_count(self) -> int:
+        return self.gate.mlp[-1].out_features
+
+    @property
+    def bytes_a_sample(self) -> int:
+        """Of a point's activations in evaluation, at most about, in float32."""
+        gate = self.gate.mlp[0]
+        of_gate = 4 * (gate.in_features + gate.out_features) + BYTES_OF_EXPERT * self.expert_count
+        return bytes_of_heads(self) + of_gate
 
     def route(self, points: Tensor) -> Routing:
         """Where points `[N, 3]` of the world go; with noise and capacity in training alone.

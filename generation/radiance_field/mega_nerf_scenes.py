@@ -4,6 +4,7 @@ The axes of the world are DRB: x down, y right, z backward; the cameras' are tho
 (position - origin) / pose_scale_factor. The pictures are undistorted already; `distortion` there is not read.
 """
 
+import logging
 import math
 import pickle
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 from generation.radiance_field.cameras import Cameras
 from generation.radiance_field.scene_files import SceneFiles
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".jpg", ".JPG", ".png", ".PNG")
 ALTITUDES = {
     "building": (8.0, 50.0),
@@ -27,28 +30,6 @@ ALTITUDES = {
 }  # metres downward, of the released scenes
 
 
-def altitude_bounds(
-    origins: Tensor, directions: Tensor, near: float, far: float, altitudes: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Where descending rays enter and leave the layer between two altitudes, as Mega-NeRF clips its rays.
-
-    Args:
-        origins, directions: `[..., 3]`, unit directions, in DRB axes.
-        near, far: bounds of rays that do not descend, and of those that start below an altitude.
-        altitudes: x of the upper and the lower plane.
-
-    Returns:
-        Two distances `[...]`, `near` <= first <= second; a ray that enters beyond `far` has both there.
-    """
-    down, height = directions[..., 0], origins[..., 0]
-    enter, leave = torch.full_like(down, near), torch.full_like(down, far)
-    for bound, altitude in ((enter, altitudes[0]), (leave, altitudes[1])):
-        crosses = (height < altitude) & (down > 0)
-        bound[crosses] = ((altitude - height) / down)[crosses]
-    enter = enter.clamp(min=near)
-    return enter, torch.maximum(leave.clamp(max=far), enter)
-
-
 def read_mega_nerf(folder: Path, altitude_range: tuple[float, float] | None = None) -> SceneFiles:
     """A scene of train/ and val/, each with metadata/*.pt and rgbs/*, beside coordinates.pt and mappings.txt.
 
@@ -56,8 +37,9 @@ def read_mega_nerf(folder: Path, altitude_range: tuple[float, float] | None = No
     their right half, so that an appearance can be learnt for them. Frames are numbered by the name of their metadata.
 
     Args:
-        altitude_range: metres downward of the highest and the lowest point of interest; None is that of the released
-            scene after which the folder is called, or none.
+        altitude_range: metres downward of the highest and the lowest point of interest, between which the box lies, so
+            that rays are clipped at both; None is that of the released scene after which the folder is called. Of
+            another folder nothing is known then, and a warning says so.
 
     Raises:
         ValueError: a file is missing, or is not what it should be.
@@ -79,6 +61,13 @@ def read_mega_nerf(folder: Path, altitude_range: tuple[float, float] | None = No
     if altitude_range is None:
         known = [scene for scene in ALTITUDES if folder.resolve().name.lower().startswith(scene)]
         altitude_range = ALTITUDES[known[0]] if known else None
+        if not known:
+            logger.warning(
+                "altitude_range is not given, and %r is called after no released scene (%s): the box is a cube around "
+                "the cameras, most of it empty. Give (highest, lowest) in metres downward, where the ground is.",
+                folder.resolve().name,
+                ", ".join(ALTITUDES),
+            )
     altitudes = None
     if altitude_range is not None:
         highest, lowest = altitude_range
@@ -102,12 +91,13 @@ def read_mega_nerf(folder: Path, altitude_range: tuple[float, float] | None = No
     )
 
 
-def _box(cameras: Cameras, altitudes: tuple[float, float] | None) -> Tensor:
-    """Around the cameras, and the ground below them from the upper to the lower altitude."""
+def _box(cameras: Cameras, altitudes: tuple[float, float] | None) -> Tensor | None:
+    """Below and above the cameras, from the upper to the lower altitude; None if these are not known."""
+    if altitudes is None:
+        return None
     positions = cameras.c2w[:, :, 3]
     box = torch.stack([positions.amin(0), positions.amax(0)])
-    if altitudes is not None:
-        box[0, 0], box[1, 0] = min(float(box[0, 0]), altitudes[0]), max(float(box[1, 0]), altitudes[1])
+    box[:, 0] = torch.tensor(altitudes)
     return box
 
 

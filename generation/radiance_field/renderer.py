@@ -6,7 +6,8 @@ and in a mixture the share that each expert has in a pixel. Behind all that is t
 ellipsoid, a field of its own.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 from generation.argument_checks import check_choice, check_real, check_whole
 from generation.radiance_field.cameras import Cameras
-from generation.radiance_field.hash_experts import HashExpertField
+from generation.radiance_field.hash_experts import BYTES_OF_EXPERT, HashExpertField
 from generation.radiance_field.heads import FieldOutput
 from generation.radiance_field.occupancy import OccupancyGrid
 from generation.radiance_field.outside_of_ellipsoid import OutsideOfEllipsoid
 from generation.radiance_field.proposal_sampling import ProposalSampler, Proposed, Spans
 from generation.radiance_field.scene import Scene
-from generation.radiance_field.single_grid import SingleGridField
+from generation.radiance_field.single_grid import BYTES_OF_POINT, SingleGridField
 from generation.radiance_field.switch_nerf import SwitchNeRFField
 from kernels.occupancy_grid import Marched
 from kernels.volume_rendering import Composited, composite, expected_depth
@@ -29,8 +30,8 @@ from kernels.volume_rendering import Composited, composite, expected_depth
 FIELDS = {"hash_experts": HashExpertField, "single_grid": SingleGridField, "switch_nerf": SwitchNeRFField}
 SAMPLERS = ("occupancy", "proposal")
 BACKGROUNDS = ("none", "field")
-RAYS_AT_ONCE = 1 << 13  # of a picture: marching them takes no more memory than a few hundred steps of each
-BYTES_A_SAMPLE = 4096  # of a field's activations, about, with 64 channels
+RAYS_AT_ONCE, SAMPLES_AT_ONCE = 1 << 13, 1 << 17  # at most: more of them are no faster
+BYTES_A_MARCHED_SAMPLE = 48  # where it begins and ends, in float64, in float32, and while they are put together
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,21 @@ class Drawn:
     experts: Tensor | None
 
     def reshape(self, *shape: int) -> "Drawn":
+        return self._each(lambda value: value.reshape(*shape, *value.shape[1:]))
+
+    def room_for(self, rays: int) -> "Drawn":
+        """Of as many rays, with numbers that are yet to come."""
+        return self._each(lambda value: value.new_empty(rays, *value.shape[1:]))
+
+    def put(self, rays: slice, part: "Drawn") -> None:
+        """What was drawn of some rays into its place."""
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                value[rays] = getattr(part, field.name)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Drawn":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Drawn(**{name: None if v is None else v.reshape(*shape, *v.shape[1:]) for name, v in values.items()})
+        return Drawn(**{name: None if value is None else change(value) for name, value in values.items()})
 
 
 class Renderer(nn.Module):
@@ -118,9 +132,18 @@ class Renderer(nn.Module):
     @property
     def experts(self) -> int:
         """Of the field; 0 if it is none of experts."""
-        if isinstance(self.field, HashExpertField):
-            return self.field.experts.grid.experts
-        return self.field.experts.weights[0].shape[0] if isinstance(self.field, SwitchNeRFField) else 0
+        if isinstance(self.field, SwitchNeRFField):
+            return self.field.experts.weights[0].shape[0]
+        return self.field.expert_count
+
+    @property
+    def bytes_a_sample(self) -> int:
+        """Of activations where the field is asked in evaluation, of each sample, at most about."""
+        if isinstance(self.field, SwitchNeRFField):
+            position, width = self.field.position.in_features, self.field.position.out_features
+            colour = sum(layer.in_features for layer in self.field.colour)
+            return 4 * (2 * position + 4 * width + colour) + BYTES_OF_POINT + self.experts * BYTES_OF_EXPERT
+        return self.field.bytes_a_sample
 
     @property
     def box(self) -> Tensor:
@@ -254,35 +277,43 @@ class Renderer(nn.Module):
         Args:
             origins, directions: `[R, 3]`, directions of unit length. A ray without direction meets nothing.
             appearance: of the training pictures, by number; None for the mean of all.
-            memory: bytes that activations may take, about; how many samples are worked on at once. A ray is drawn
-                whole, however many it has.
+            memory: bytes that activations may take, about: half of it bounds how many rays are marched at once, by the
+                most samples that one may have, and half how many samples the field is asked for. A ray is drawn whole,
+                even if its samples alone take more.
 
         Raises:
             ValueError: rays are none, of another shape, or hold NaN or infinity (on CPU: on GPUs, where to look would
-                be to wait, they mean nothing), or memory is less than a sample takes.
+                be to wait, they mean nothing), or memory is less than twice what a sample takes.
         """
-        check_whole("memory", memory, BYTES_A_SAMPLE)
+        check_whole("memory", memory, 2 * self.bytes_a_sample)
         if origins.dim() != 2 or origins.shape[1] != 3 or directions.shape != origins.shape or not len(origins):
             shapes = f"{tuple(origins.shape)} and {tuple(directions.shape)}"
             raise ValueError(f"origins and directions have shapes {shapes}; both must be (R, 3), of one ray at least")
-        parts, most = [], memory // BYTES_A_SAMPLE
-        at_once = max(1, min(RAYS_AT_ONCE, most // self._samples_beside))
+        drawn, most = None, min(SAMPLES_AT_ONCE, memory // 2 // self.bytes_a_sample)
+        at_once = max(1, min(RAYS_AT_ONCE, memory // 2 // self._bytes_a_ray))
         for first in range(0, len(origins), at_once):
             some = slice(first, first + at_once)
-            samples = self.march(origins[some], directions[some])
-            for rays, portion in portions(samples, most):
-                parts.append(self._draw(origins[some][rays], directions[some][rays], portion, appearance))
-        together = {}
-        for field in fields(Drawn):
-            several = [getattr(part, field.name) for part in parts]
-            together[field.name] = None if several[0] is None else torch.cat(several)
-        return Drawn(**together)
+            for rays, portion in portions(self.march(origins[some], directions[some]), most):
+                part = self._draw(origins[some][rays], directions[some][rays], portion, appearance)
+                drawn = part.room_for(len(origins)) if drawn is None else drawn  # once: small pieces fragment memory
+                drawn.put(slice(first + rays.start, first + rays.stop), part)
+        return drawn
 
     @property
-    def _samples_beside(self) -> int:
-        """Of a ray, at which other networks than the field are asked; 1 at least."""
-        proposed = 1 if self.proposal is None else self.proposal.most_samples
-        return max(proposed, 1 if self.outside is None else self.outside.samples)
+    def _bytes_a_ray(self) -> int:
+        """At most, about, beside the field: of its samples, of proposals, and of the background behind it."""
+        if self.proposal is None:
+            box, levels = self.occupancy.box, len(self.occupancy.occupied)
+            longest = float((box[1] - box[0]).norm()) * 2.0 ** (levels - 1)
+            steps = most_steps(float(self.near), float(self.far), longest, self.step, self.cone_angle)
+            needed = BYTES_A_MARCHED_SAMPLE * steps
+        else:
+            needed = self.bytes_a_sample * self.proposal.most_samples
+        if self.outside is not None:
+            position = self.outside.field.position
+            widest = max(layer.in_features for layer in position) + 3 * position[0].out_features
+            needed = max(needed, 4 * 2 * widest * self.outside.samples)
+        return needed
 
     def _draw(self, origins: Tensor, directions: Tensor, samples: Marched, appearance: int | None) -> Drawn:
         said = self.ask(origins, directions, samples, appearance)
@@ -296,7 +327,12 @@ class Renderer(nn.Module):
         return Drawn(made.colour.clamp(0, 1), made.opacity, depth.masked_fill(~met, torch.inf), experts)
 
     def draw_image(self, cameras: Cameras, index: int, appearance: int | None = None, **options: Any) -> Drawn:
-        """`draw` of all pixels of a camera's picture, `[H, W, ...]`."""
+        """`draw` of all pixels of a camera's picture, `[H, W, ...]`.
+
+        Raises:
+            ValueError: there is no camera of that number, or as `draw`.
+        """
+        check_whole("index", index, 0, len(cameras) - 1)
         origins, directions = cameras.image_rays(index)
         height, width = origins.shape[:2]
         drawn = self.draw(origins.reshape(-1, 3), directions.reshape(-1, 3), appearance, **options)
@@ -313,6 +349,21 @@ def first_rays(samples: Marched, rays: int) -> Marched:
     """The samples of the first rays."""
     last = int(samples.offsets[rays])
     return Marched(samples.start[:last], samples.end[:last], samples.offsets[: rays + 1])
+
+
+def most_steps(near: float, far: float, longest: float, step: float, cone_angle: float) -> int:
+    """At most so many samples has a ray between two distances, of which it may spend no more than `longest` in a box.
+
+    Args:
+        step, cone_angle: a sample at distance t is as long as the larger of step and cone_angle t.
+    """
+    if far <= near:
+        return 1
+    grows = math.inf if cone_angle == 0 else step / cone_angle  # from that distance on
+    even = max(0.0, min(far, grows) - near) / step
+    if far > grows:
+        even += math.log(far / max(near, grows)) / math.log1p(cone_angle)
+    return math.ceil(min(even, longest / step)) + 1
 
 
 def rays_within(offsets: Tensor, most: int) -> int:

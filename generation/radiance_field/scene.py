@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generation.radiance_field.cameras import Cameras, check_poses
+from generation.radiance_field.cameras import Cameras, check_poses, similarity_scale
 from generation.radiance_field.image_files import DepthFiles, ImageFiles, MaskFiles
 
 SPLITS = ("train", "val", "test")
 WHITE = (1.0, 1.0, 1.0)
+MOST_NAMES = 4  # of held-out pictures in a summary
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Scene:
         normals: float32 `[N, H, W, 3]` unit normals, 0 in the sky.
         appearance_ids: int64 `[N]`, frames of one exposure share a number; 0 to N-1 if None is given.
         transform: `[3, 4]`, the similarity from the source's world to this one.
-        altitude_range: the first coordinate (down) of the highest and lowest point of interest, for `altitude_bounds`.
+        altitude_range: the first coordinate (down) of the highest and lowest point of interest, between which the box
+            lies; None where down is not the first axis, or nothing is known.
 
     Raises:
         ValueError: a pose is none, counts differ, or a split is empty of training frames or names none.
@@ -74,9 +76,31 @@ class Scene:
     def __len__(self) -> int:
         return len(self.cameras)
 
-    def colours(self, frame: int, column: Tensor, row: Tensor) -> Tensor:
-        """float32 `[..., 3 or 4]` in [0, 1], of pixels of one frame."""
-        return self.images[frame][row, column].float() / 255
+    @property
+    def summary(self) -> str:
+        """How many pictures there are, which of them are held out, and in what box and units, in a few lines."""
+        train, held_out = self.splits["train"], torch.cat([self.splits["val"], self.splits["test"]]).unique().tolist()
+        if held_out:
+            names = [self.names[frame] for frame in held_out[:MOST_NAMES]]
+            shown = ", ".join(names) + (", ..." if len(held_out) > MOST_NAMES else "")
+            others = f"{len(held_out)} held out ({shown})"
+        else:
+            others = "none held out: nothing is validated"
+        least, greatest = (", ".join(f"{value:.4g}" for value in corner) for corner in self.box.tolist())
+        lines = [
+            f"scene {self.name!r}: {len(train)} pictures to train on, {others}",
+            f"box [{least}] to [{greatest}], rays from {self.near:.4g} to {self.far:.4g}",
+        ]
+        unit = 1 / similarity_scale(self.transform)
+        if abs(unit - 1) > 1e-4:
+            lines[1] += f"; one unit is {unit:.4g} of the source's"
+        return "\n".join(lines)
+
+    def training_appearance(self, frame: int) -> int | None:
+        """The number, among those of the training pictures in order, of a frame's appearance; None if it is of none."""
+        known = self.appearance_ids[self.splits["train"]].unique()
+        found = (known == self.appearance_ids[frame]).nonzero()
+        return int(found[0]) if len(found) else None
 
 
 def every_eighth_held_out(count: int) -> dict[str, Tensor]:

@@ -22,9 +22,12 @@ from generation.radiance_field.image_files import (
     read_all,
 )
 from generation.radiance_field.lens_distortion import distort, undistort
+from generation.radiance_field.proposal_sampling import through_box
 from generation.radiance_field.scene import Scene
 
 logger = logging.getLogger(__name__)
+
+MOST_MOVED = 3  # times the radius of a corner; wide lenses stay below 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class SceneFiles:
         depth_unit: of the depths in the files, in units of the source's world.
         orient, centre, scale: for `orient_and_scale`; all False leaves the source's world as it is.
         transform: from the source's world to the one of the cameras here, before that.
-        box: None is the cube [-1, 1]³ if the world is scaled, else the box around the cameras.
+        near, far: in units of the world that comes of `orient`, `centre` and `scale`.
+        box: None is the cube [-1, 1]³ if the world is scaled; else a cube around the cameras, in which lies what they
+            see as far as they are apart.
     """
 
     name: str
@@ -73,6 +78,7 @@ def assemble(
     check_choice("background", background, tuple(COLOURS))
     check_whole("downscale", downscale, 1, 64)
     check_poses(found.cameras.c2w, found.names)  # before any picture is read
+    _check_meant(found)
     measured = measure(found.paths)
     check_sizes(found.paths, measured, found.cameras.width, found.cameras.height)
     for what, paths in (("mask", found.mask_paths), ("depth", found.depth_paths)):
@@ -80,14 +86,15 @@ def assemble(
     cameras = found.cameras
     if downscale > 1:
         cameras = cameras.resized(*((size // downscale).clamp(min=1) for size in (cameras.width, cameras.height)))
-    _warn_of_folds(cameras, found.names)
+    _warn_of_lenses(cameras, found.names)
     transform = torch.eye(3, 4) if found.transform is None else found.transform
     wanted = (found.orient, found.centre, found.scale) if normalise is None else (normalise,) * 3
-    factor = 1.0
+    factor, distances = 1.0, 1.0
     if any(wanted):
         cameras, applied = orient_and_scale(cameras, *wanted)
         transform = composed(applied, transform)
         factor = similarity_scale(applied)
+        distances = 1.0 if found.scale else factor
     images = ImageFiles(found.paths, cameras.width, cameras.height, alpha, background)
     masks = depths = None
     if found.mask_paths is not None or found.halves is not None:
@@ -101,21 +108,23 @@ def assemble(
         images = read_all(images, cameras, found.names)
         masks = None if masks is None else read_all(masks, cameras, found.names)
         depths = None if depths is None else read_all(depths, cameras, found.names)
+    box = _box(found, cameras, scaled=wanted[2])
+    _warn_of_box(box, cameras[found.splits["train"]])
     return Scene(
         name=found.name,
         images=images,
         cameras=cameras,
         names=found.names,
         splits=found.splits,
-        box=_box(found, cameras, scaled=wanted[2]),
-        near=found.near,
-        far=found.far,
+        box=box,
+        near=found.near * distances,
+        far=found.far * distances,
         background=tuple(value / 255 for value in COLOURS[background]) if measured.has_alpha else None,
         masks=masks,
         depths=depths,
         appearance_ids=found.appearance_ids,
         transform=transform,
-        altitude_range=found.altitude_range,
+        altitude_range=None if any(wanted) else found.altitude_range,
     )
 
 
@@ -130,24 +139,80 @@ def _box(found: SceneFiles, cameras: Cameras, scaled: bool) -> Tensor:
     if found.box is not None:
         return found.box
     positions = cameras.c2w[:, :, 3]
-    return torch.stack([positions.amin(0), positions.amax(0)])
+    middle = positions.mean(0)
+    half = (positions - middle).abs().max()
+    return torch.stack([middle - half, middle + half])
 
 
-def _warn_of_folds(cameras: Cameras, names: Sequence[str]) -> None:
-    """Say which lens cannot be undone at the corners of its picture, for the rays there are wrong."""
+def _check_meant(found: SceneFiles) -> None:
+    """Refuse what reads well but cannot be meant.
+
+    Raises:
+        ValueError: a frame is there twice, all frames have one pose, or a principal point lies further outside of
+            its picture than that is large.
+    """
+    seen = set()
+    pictures = zip(found.paths, found.halves or [""] * len(found.paths), strict=True)
+    for name, picture in zip(found.names, pictures, strict=True):
+        if picture in seen:  # halves of one picture are two
+            raise ValueError(f"frame {name!r} is listed twice in scene {found.name!r}")
+        seen.add(picture)
+    cameras = found.cameras
+    if len(cameras) > 1 and (cameras.c2w == cameras.c2w[0]).all():
+        raise ValueError(
+            f"all {len(cameras)} frames have one and the same pose; a scene is seen from several positions"
+        )
+    for name, centre, size in (
+        ("x", cameras.intrinsics[:, 2], cameras.width),
+        ("y", cameras.intrinsics[:, 3], cameras.height),
+    ):
+        if (bad := ((centre < -size) | (centre > 2 * size)).nonzero()).numel():
+            frame = int(bad[0])
+            x, y = (f"{value:g}" for value in cameras.intrinsics[frame, 2:].tolist())
+            raise ValueError(
+                f"the principal point of frame {found.names[frame]!r} is ({x}, {y}) pixels in a picture of "
+                f"{int(cameras.width[frame])} x {int(cameras.height[frame])}: {name} is further outside than its size"
+            )
+
+
+def _warn_of_box(box: Tensor, cameras: Cameras) -> None:
+    """Say how many cameras look past the box, in the middle of their pictures, for their rays meet nothing."""
+    middle = torch.arange(len(cameras))
+    origins, directions = cameras.rays(middle, cameras.width // 2, cameras.height // 2)
+    enter, leave = through_box(origins, directions, box.to(origins.dtype))
+    past = int((leave.clamp(min=0) <= enter.clamp(min=0)).sum())
+    if past > len(cameras) // 2:
+        least, greatest = ([round(value, 3) for value in corner] for corner in box.tolist())
+        logger.warning(
+            "%d of %d training cameras look past the box %s to %s, outside of which nothing is seen: are the poses in "
+            "the units and axes that this format has?",
+            past,
+            len(cameras),
+            least,
+            greatest,
+        )
+
+
+def _warn_of_lenses(cameras: Cameras, names: Sequence[str]) -> None:
+    """Say which lens cannot be undone at the corners of its picture, or moves them by more than can be meant."""
     if cameras.model == "PINHOLE":
         return
     fx, fy, cx, cy = cameras.intrinsics.double().unbind(-1)
     for right, bottom in ((0, 0), (0, 1), (1, 0), (1, 1)):
         x, y = (right * cameras.width - cx) / fx, (bottom * cameras.height - cy) / fy
-        back_x, back_y = distort(*undistort(x, y, cameras.distortion), cameras.distortion)
-        bad = ~(torch.hypot((back_x - x) * fx, (back_y - y) * fy) < 0.1)  # pixels
-        if bad.any():
-            name = names[int(bad.nonzero()[0])]
-            logger.warning(
-                "The lens distortion of frame %r and %d others cannot be undone at a corner of the picture; "
-                "rays near that corner are wrong. Undistort the pictures, or fit a milder model.",
-                name,
-                int(bad.sum()) - 1,
-            )
-            return
+        straight_x, straight_y = undistort(x, y, cameras.distortion)
+        back_x, back_y = distort(straight_x, straight_y, cameras.distortion)
+        folded = ~(torch.hypot((back_x - x) * fx, (back_y - y) * fy) < 0.1)  # pixels
+        moved = torch.hypot(x, y) / torch.hypot(straight_x, straight_y)
+        for bad, words in (
+            (folded, "cannot be undone at a corner of the picture; rays near that corner are wrong"),
+            (moved > MOST_MOVED, f"moves a corner of the picture to more than {MOST_MOVED} times its radius"),
+            (moved < 1 / MOST_MOVED, f"moves a corner of the picture to less than 1/{MOST_MOVED} of its radius"),
+        ):
+            if bad.any():
+                name = names[int(bad.nonzero()[0])]
+                advice = "Undistort the pictures, or fit a milder model."
+                logger.warning(
+                    "The lens distortion of frame %r and %d others %s. %s", name, int(bad.sum()) - 1, words, advice
+                )
+                return

@@ -1,6 +1,7 @@
 """Finds a radiance field by its name or folder."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from generation import model_folders
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from generation.radiance_field.renderer import Renderer
 
 SHIPPED = {"city": "city_hmohe"}
-INDEX = "config.json"
+INDEX, CHECKPOINT = "config.json", Path("checkpoints/last.ckpt")
 
 
 def fields_there() -> list[str]:
@@ -22,14 +23,29 @@ def check_field(model: str | Path) -> Path:
     """The folder of a radiance field; of a training run, its `renderer`.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds none; of a run that was stopped, it is said where it stopped.
     """
     folder = model_folders.folder_of(model, SHIPPED)
     for candidate in (folder / "renderer", folder):
         if (candidate / INDEX).is_file():
             return candidate
+    if (checkpoint := folder / CHECKPOINT).is_file():
+        raise ValueError(
+            f"model is {str(model)!r}; this run was stopped{_where(checkpoint)} and left no renderer; finish it with "
+            "`fit` as before and --ckpt_path last: it goes on in a new folder, beside this one"
+        )
     valid = " or ".join([*fields_there(), f"a folder with {INDEX}"])
     raise ValueError(f"model is {str(model)!r}; expected {valid}")
+
+
+def _where(checkpoint: Path) -> str:
+    """At which step a run was stopped, in words; nothing if the file does not say."""
+    import torch
+
+    try:
+        return f" at step {torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)['global_step']}"
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+        return ""
 
 
 def load_field(model: str | Path) -> "tuple[Renderer, Cameras]":

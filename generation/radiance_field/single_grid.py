@@ -10,6 +10,7 @@ from generation.radiance_field.heads import DensityOutput, FieldOutput, HeadedFi
 from kernels.hash_encoding import HashGrid, hash_encoding
 
 UNIT_BOX = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+BYTES_OF_POINT = 256  # of what every field has of a point: where it is, its direction and colour, where it is sent
 
 
 class GridTable(nn.Module):
@@ -99,6 +100,16 @@ class SingleGridField(HeadedField):
         heads = [parameter for parameter in self.parameters() if id(parameter) not in of_grid]
         return {"grids": list(self.grid.parameters()), "heads": heads}
 
+    @property
+    def expert_count(self) -> int:
+        """0: one network is no mixture."""
+        return 0
+
+    @property
+    def bytes_a_sample(self) -> int:
+        """Of a point's activations in evaluation, at most about, in float32."""
+        return bytes_of_heads(self)
+
     def _raw(self, points: Tensor) -> Tensor:
         return self.base(self.grid(self.space(points), backend=self.backend))
 
@@ -125,6 +136,13 @@ class SingleGridField(HeadedField):
         appearance = check_rays(points, directions, appearance, self.appearance)
         raw = self._raw(points)
         return FieldOutput(self.density_of(raw), colour=self.colour_of(raw, directions, appearance))
+
+
+def bytes_of_heads(field: HeadedField) -> int:
+    """Of a point's activations in evaluation, at most about, in float32: features, two hidden layers at once, and what
+    the colour head takes, which is put together of its parts."""
+    first = field.base[0]
+    return BYTES_OF_POINT + 4 * (first.in_features + 2 * first.out_features + 2 * field.colour[0].in_features)
 
 
 def checked_grid(

@@ -9,6 +9,7 @@ balance loss by its experts' loads. Losses and gradients are then those of one p
 are rounded. What is drawn or dropped by the points of one process is not: noise of gate or density, and a capacity.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from generation.argument_checks import check_choice
 from generation.atomic_files import write_folder_atomically
 from generation.loaded_weights import not_finite
 from generation.numbered_batches import generator_of_batch
+from generation.radiance_field.checkpoint_origin import check_origin, origin_of
 from generation.radiance_field.heads import FieldOutput
 from generation.radiance_field.proposal_sampling import Proposed
 from generation.radiance_field.renderer import Drawn, Renderer, first_rays, rays_within
@@ -31,6 +33,8 @@ from generation.radiance_field.saved_renderer import save
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_rays import on_background
 from kernels.occupancy_grid import Marched
+
+logger = logging.getLogger("generation")
 
 LOSSES = ("smooth_l1", "mse")
 
@@ -119,12 +123,42 @@ class RadianceFieldTraining(pl.LightningModule):
         return self.trainer.datamodule.scene
 
     def setup(self, stage: str) -> None:
-        """Take the scene's box, distances and background.
+        """Take the scene's box, distances and background, and say what they are where a training begins.
 
         Raises:
             ValueError: the field's embeddings of appearances are not as many as the scene's.
         """
         self.renderer.place(self.scene)
+        if stage == "fit":
+            self._describe()
+
+    @rank_zero_only
+    def _describe(self) -> None:
+        print(self.scene.summary)
+        if self.hparams.sampler == "occupancy":
+            count = int((self.scene.box[1] - self.scene.box[0]).norm() / self.hparams.step)
+            print(f"step {self.hparams.step:.4g}: {count} samples along the box's diagonal")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scene"] = origin_of(self.scene)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that a run goes on with its own scene and model, and say so where nothing is left to train.
+
+        Raises:
+            ValueError: the checkpoint is of others.
+        """
+        if self._trainer is None:  # it is loaded by itself
+            return
+        check_origin(checkpoint, self.scene, self.hparams, self.state_dict())
+        step, last = checkpoint["global_step"], self.trainer.max_steps
+        if self.trainer.state.fn == "fit" and 0 < last <= step:
+            logger.warning(
+                "the checkpoint is of step %d and max_steps is %d: nothing is left to train. Raise --trainer.max_steps "
+                "to train on",
+                step,
+                last,
+            )
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         own = generator_of_batch(self, self.seed, batch_index)
@@ -208,22 +242,37 @@ class RadianceFieldTraining(pl.LightningModule):
             self.log(f"load/{expert}", load / samples.clamp(min=1), **options)
         self.log_dict({"train/loss": error, "train/rays": float(rays), "train/samples": samples}, batch_size=rays)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # in mid-epoch, too, the held-out pictures are looked at before the end
+
     def validation_step(self, batch: dict[str, int], batch_index: int) -> None:
-        """PSNR and SSIM of a held-out picture, drawn with the mean appearance."""
-        drawn, frame = self.draw(int(batch["frame"])), int(batch["frame"])
-        wanted = on_background(torch.as_tensor(self.scene.images[frame]).float() / 255, self.scene.background)
-        mask = None if self.scene.masks is None else self.scene.masks[frame]
-        scores = measures(drawn.colour, wanted.to(self.device), mask)
-        named = {f"val/{name}": value for name, value in scores.items()}
+        """PSNR and SSIM of a held-out picture."""
+        frame = int(batch["frame"])
+        named = {f"val/{name}": value for name, value in self.scores(self.draw(frame), frame).items()}
         self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=1)
 
     def draw(self, frame: int) -> Drawn:
-        """A picture from one of the scene's cameras."""
-        return self.renderer.eval().draw_image(self.scene.cameras.to(self.device), frame)
+        """A picture from one of the scene's cameras, with its own appearance if that was trained, else the mean."""
+        cameras, appearance = self.scene.cameras.to(self.device), self.scene.training_appearance(frame)
+        return self.renderer.eval().draw_image(cameras, frame, appearance)
+
+    def photograph(self, frame: int) -> Tensor:
+        """`[H, W, 3]` in [0, 1], the scene's picture; what is transparent has the scene's background behind it."""
+        picture = torch.as_tensor(self.scene.images[frame]).to(self.device).float() / 255
+        return on_background(picture, self.scene.background)
+
+    def scores(self, drawn: Drawn, frame: int) -> dict[str, Tensor]:
+        """`measures` of what was drawn of a frame, by the pixels that count."""
+        mask = None if self.scene.masks is None else self.scene.masks[frame]
+        return measures(drawn.colour, self.photograph(frame), mask)
 
     @rank_zero_only
     def on_train_end(self) -> None:
-        """Leave the renderer as `<run>/renderer`, in a run that leaves checkpoints."""
+        """Say how good held-out pictures are; a run that leaves checkpoints leaves its renderer as `<run>/renderer`."""
+        scores = self.trainer.callback_metrics
+        if "val/psnr" in scores:
+            print(f"held-out pictures: {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.3f}")
         if self.trainer.checkpoint_callback is None:
             return
         folder = Path(self.trainer.default_root_dir) / "renderer"

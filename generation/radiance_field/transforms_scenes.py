@@ -42,7 +42,7 @@ def read_transforms(folder: Path) -> SceneFiles:
         if model not in CAMERA_MODELS:
             raise ValueError(f"{_where(path, frame)}: camera_model is {model!r}; valid are {', '.join(CAMERA_MODELS)}")
     names = tuple(frame["file_path"] for frame in frames)
-    paths = [_image_path(folder / name) for name in names]
+    paths = _image_paths(frames, path)
     override = data.get("orientation_override", "up")
     if override not in ORIENTATIONS:
         raise ValueError(
@@ -76,22 +76,23 @@ def read_blender(folder: Path) -> SceneFiles:
     Raises:
         ValueError: something is missing or not valid; what, and in which frame, is said.
     """
-    frames, splits, cameras = [], {}, []
+    frames, paths, splits, cameras = [], [], {}, []
     for split in SPLITS:
         path = folder / f"transforms_{split}.json"
         if split != "train" and not path.exists():
             continue
         data = _json(path)
         own = _frames(data, path)
-        cameras.append(_cameras(own, data, [_image_path(folder / frame["file_path"]) for frame in own], path))
+        own_paths = _image_paths(own, path)
+        cameras.append(_cameras(own, data, own_paths, path))
         splits[split] = torch.arange(len(frames), len(frames) + len(own))
-        frames += own
+        frames, paths = frames + own, paths + own_paths
     held_out = splits.get("test", splits.get("val", torch.arange(0)))
     return SceneFiles(
         name=folder.resolve().name,
         cameras=joined(cameras),
         names=tuple(frame["file_path"] for frame in frames),
-        paths=[_image_path(folder / frame["file_path"]) for frame in frames],
+        paths=paths,
         splits={"val": held_out, "test": held_out} | splits,
         near=2.0,
         far=6.0,
@@ -134,9 +135,22 @@ def _where(path: Path, frame: Mapping[str, Any]) -> str:
     return f"{str(path)!r}, frame {frame['file_path']!r}"
 
 
-def _image_path(path: Path) -> Path:
-    """The picture; Blender scenes leave the suffix out."""
-    return path if path.suffix else path.with_name(path.name + ".png")
+def _image_paths(frames: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
+    """The pictures of frames of the file `path`; Blender scenes leave the suffix out.
+
+    Raises:
+        ValueError: one without suffix is there neither so nor with .png added.
+    """
+    paths = []
+    for frame in frames:
+        given = path.parent / frame["file_path"]
+        if not given.suffix and not given.is_file():
+            given = given.with_name(given.name + ".png")
+            if not given.is_file():
+                words = f"has no suffix, and there is neither that file nor, with .png added, {str(given)!r}"
+                raise ValueError(f"{_where(path, frame)} {words}")
+        paths.append(given)
+    return paths
 
 
 def _optional_paths(frames: Sequence[Mapping[str, Any]], key: str, folder: Path) -> list[Path | None] | None:
@@ -160,6 +174,14 @@ def _number(holder: Mapping[str, Any], key: str, where: str, missing: float | No
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value!r}; it must be a finite number")
     return float(value)
+
+
+def _angle(holder: Mapping[str, Any], key: str, where: str) -> float:
+    """A field of view in radians."""
+    angle = _number(holder, key, where, None)
+    if not 0 < angle < math.pi:
+        raise ValueError(f"{where}: {key} is {angle}; it must be above 0 and below pi, in radians")
+    return angle
 
 
 def _cameras(
@@ -191,10 +213,10 @@ def _intrinsics(holder: Mapping[str, Any], width: int, height: int, where: str) 
         fx = _number(holder, "fl_x", where, None)
         fy = _number(holder, "fl_y", where, fx)
     elif "camera_angle_x" in holder:
-        fx = 0.5 * width / math.tan(0.5 * _number(holder, "camera_angle_x", where, None))
+        fx = 0.5 * width / math.tan(0.5 * _angle(holder, "camera_angle_x", where))
         fy = fx
         if "camera_angle_y" in holder:
-            fy = 0.5 * height / math.tan(0.5 * _number(holder, "camera_angle_y", where, None))
+            fy = 0.5 * height / math.tan(0.5 * _angle(holder, "camera_angle_y", where))
     else:
         raise ValueError(f"{where}: there is neither fl_x nor camera_angle_x")
     return [fx, fy, _number(holder, "cx", where, width / 2), _number(holder, "cy", where, height / 2)]

@@ -13,7 +13,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, starts: Te
     """rows[i] weight[e] + bias[e] for starts[e] <= i < starts[e + 1].
 
     Every segment is one matrix product that reads and writes its rows where they are. On a GPU the host waits for
-    `starts`. (PyTorch's own grouped product was slower in float32 on CPU: 1.17 against 0.90 ms for 2^15 rows of 32.)
+    `starts`. (PyTorch's own grouped product was slower in float32 on CPU.)
 
     Args:
         rows: (R, I).

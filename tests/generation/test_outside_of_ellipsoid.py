@@ -13,7 +13,7 @@ from generation.radiance_field.contraction import Ellipsoid
 from generation.radiance_field.district_city import BOX
 from generation.radiance_field.outside_of_ellipsoid import OutsideOfEllipsoid
 from generation.radiance_field.render import frames_of
-from generation.radiance_field.renderer import BYTES_A_SAMPLE, Renderer
+from generation.radiance_field.renderer import Renderer
 from generation.radiance_field.saved_renderer import load, save
 from tests.generation import test_radiance_field_training as small
 from tests.generation.test_radiance_field_renderer import assert_same, scene, some_rays
@@ -135,7 +135,7 @@ def test_it_is_behind_the_foreground(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_portions_make_the_whole(sampler):
     made, rays = renderer(sampler), some_rays(40)
-    assert_same(made.draw(*rays, memory=20 * BYTES_A_SAMPLE), made.draw(*rays))
+    assert_same(made.draw(*rays, memory=2 * 20 * made.bytes_a_sample), made.draw(*rays))
 
 
 def test_jitter_moves_the_bins():

@@ -15,7 +15,7 @@ from generation.radiance_field.district_city import BOX
 from generation.radiance_field.proposal_sampling import ProposalSampler, Proposed, through_box
 from generation.radiance_field.ray_samplers import RayBins, stratified_bins, weights_of
 from generation.radiance_field.render import frames_of
-from generation.radiance_field.renderer import BYTES_A_SAMPLE, FIELDS, Renderer
+from generation.radiance_field.renderer import FIELDS, Renderer
 from generation.radiance_field.saved_renderer import CONFIG, load, save
 from kernels.occupancy_grid import Marched
 from kernels.volume_rendering import composite
@@ -194,7 +194,7 @@ def test_portions_make_the_whole(samples, monkeypatch):
     forward = made.proposal.forward
     monkeypatch.setattr(made.proposal, "forward", lambda o, *rest: asked.append(len(o)) or forward(o, *rest))
     monkeypatch.setattr(renderer_module, "RAYS_AT_ONCE", 16)
-    assert_same(made.draw(*rays, memory=samples * BYTES_A_SAMPLE), whole)
+    assert_same(made.draw(*rays, memory=2 * samples * made.bytes_a_sample), whole)
     assert max(asked) == max(1, samples // 24)
 
 

@@ -57,6 +57,13 @@ def test_sections_alone(tmp_path):
     assert report.keys() == {"machine", "threads", "points", "mixture", "bars"}
 
 
+def test_the_step_has_the_loss_of_the_citys_recipe():
+    step = benchmark.CityStep(100)
+    off = torch.full_like(step.wanted, 0.06)
+    wanted = torch.tensor(0.06 - 0.5 * 0.03)  # smooth L1 of 0.06 with the transition at 0.03
+    torch.testing.assert_close(step._error(step.wanted + off), wanted, atol=1e-5, rtol=0)
+
+
 def test_indexing_reads_the_corners_of_a_cell():
     """A table that holds x of every vertex interpolates to x, whatever the hash, if no two vertices share a row."""
     grid = HashGrid((4, 4), levels=1, log2_table_size=20, convention="nerfstudio")

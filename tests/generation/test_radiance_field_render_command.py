@@ -14,7 +14,9 @@ from generation import model_folders
 from generation.__main__ import main
 from generation.radiance_field import render
 from generation.radiance_field.camera_paths import camera_path
-from generation.radiance_field.pictures import colour_picture
+from generation.radiance_field.cameras import Cameras
+from generation.radiance_field.pictures import colour_picture, depth_picture
+from generation.radiance_field.renderer import Renderer
 from generation.radiance_field.saved_renderer import load, save
 from generation.radiance_field.shipped_fields import SHIPPED
 from tests.generation.test_radiance_field_renderer import renderer, scene
@@ -136,6 +138,83 @@ def test_a_flight_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys)
     assert cv2.VideoCapture(str(tmp_path / "fly.mp4")).get(cv2.CAP_PROP_FPS) == 5
 
 
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def smaller(path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("harm", [damaged, smaller, Path.unlink, lambda path: path.write_bytes(b"")], ids=[
+    "damaged", "of another size", "missing", "empty"
+])  # fmt: skip
+def test_frames_with_a_bad_picture_are_drawn_again(harm, name, model, tmp_path):
+    fly(model, tmp_path / "fly.mp4")
+    whole, before = (
+        {name: video(tmp_path / f"fly{'' if name == 'colour' else '-' + name}.mp4") for name in NAMES},
+        {path.name: path.read_bytes() for path in (tmp_path / "fly").glob("*.png")},
+    )
+    harm(tmp_path / "fly" / f"{name}-0002.png")
+    fly(model, tmp_path / "fly.mp4")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fly").glob("*.png")} == before
+    for name, frames in whole.items():
+        assert (video(tmp_path / f"fly{'' if name == 'colour' else '-' + name}.mp4") == frames).all()
+
+
+def test_many_frames_are_in_their_order(model, tmp_path, monkeypatch):
+    """Beyond ten thousand, whose numbers are longer; they are written as if drawn, but the first and last."""
+    count, order = 10_002, []
+    grey = Image.new("RGB", (2, 2))
+    grey.save(tmp_path / "grey.png")
+    monkeypatch.setattr(render, "is_drawn", lambda frame, size: True)
+    monkeypatch.setattr(render, "write_video", lambda path, frames, rate: order.append([f.name for f in frames]))
+    fly(model, tmp_path / "fly.mp4", "--frames", str(count), "--size", "2x2")
+    numbers = [[int(name.split("-")[1].removesuffix(".png")) for name in names] for names in order]
+    assert numbers == [list(range(count))] * 3
+
+
+def test_on_a_device(model, tmp_path, monkeypatch, capsys):
+    fly(model, tmp_path / "fly.mp4", "--frames", "1", "--device", "cpu")
+    moved = []
+    with monkeypatch.context() as patched:
+        patched.setattr(render, "device_of", lambda options: torch.device("meta"))
+        for kind in (Renderer, Cameras):
+            patched.setattr(kind, "to", lambda self, target: moved.append((type(self), target)) or self)
+        fly(model, tmp_path / "other.mp4", "--frames", "1")
+    assert [(kind, target) for kind, target in moved if target == torch.device("meta")] == [
+        (Renderer, torch.device("meta")), (Cameras, torch.device("meta"))
+    ]  # fmt: skip
+    message = said(capsys, model, "--output", str(tmp_path / "third.mp4"), "--device", "gpu")
+    assert "error: --device is 'gpu'; valid here are cpu" in message
+
+
+@pytest.mark.parametrize("name", ["fly.mp4", "fly-depth.mp4"])
+def test_videos_of_others_are_left(name, model, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"mine")
+    message = said(capsys, model, "--output", str(tmp_path / "fly.mp4"), "--frames", "1", "--size", "24x16")
+    assert f"error: --output: '{tmp_path / name}' is there already, not of the frames in" in message
+    assert "remove it, or name another output" in message
+    assert (tmp_path / name).read_bytes() == b"mine"
+    assert not (tmp_path / "fly").exists() or not list((tmp_path / "fly").iterdir())
+
+
+def test_colours_of_depths_are_those_of_the_box(model):
+    """From the nearest to the farthest point of a ball about the box, but no nearer than `near`."""
+    loaded, taken = load(Path(model))
+    cameras = camera_path("orbit", 4, taken, loaded.box, 24, 16)
+    drawn = loaded.draw_image(cameras, 1, memory=1 << 22)
+    centre, corner = loaded.box.mean(0), (loaded.box[1] - loaded.box[0]).norm() / 2
+    middle = (cameras.c2w[1, :, 3] - centre).norm()
+    nearest = max(0.5, float(middle - corner))
+    wanted = depth_picture(drawn, nearest, float(middle + corner))
+    found = render.frames_of(loaded, cameras, 1, 1 << 22)["depth"]
+    assert np.array_equal(found, wanted)
+    assert not np.array_equal(found, depth_picture(drawn, nearest, float(middle)))
+    assert not np.array_equal(found, depth_picture(drawn, 2 * nearest, float(middle + corner)))
+
+
 def test_processes_share_the_frames(model, tmp_path, monkeypatch, capsys):
     draw, drawn = render.frames_of, []
     monkeypatch.setattr(render, "frames_of", lambda r, c, index, m: drawn.append(index) or draw(r, c, index, m))
@@ -179,7 +258,11 @@ def test_frames_of_another_flight_are_not_mixed(flag, model, tmp_path, capsys):
     fly(model, tmp_path / "fly.mp4", "--frames", "1")
     before = modified(tmp_path / "fly")
     message = said(capsys, model, "--output", output, "--frames", "1", "--size", "24x16", *flag)
-    assert f"error: --output: '{tmp_path / 'fly'}' holds frames of {{'model': '{model}'" in message
+    name, value = flag[0][2:], {"6": 6, "24x18": [24, 18]}.get(flag[1], flag[1])
+    before_and_now = {"frames": (1, 6), "size": ([24, 16], [24, 18]), "path": ("orbit", "spiral")}[name]
+    assert value == before_and_now[1]
+    which = "{} is {!r}, not {!r};".format(name, *before_and_now)
+    assert f"error: --output: '{tmp_path / 'fly'}' holds frames of another flight, whose {which}" in message
     assert "remove it, or name another output" in message
     assert modified(tmp_path / "fly") == before
 
@@ -191,7 +274,7 @@ def test_frames_of_a_model_that_was_trained_anew_are_not_mixed(model, tmp_path, 
     torch.nn.init.ones_(other.field.base[0].bias)
     save(other, tmp_path / "model", scene())
     arguments = ["--output", str(tmp_path / "fly.mp4"), "--frames", "1", "--size", "24x16"]
-    assert "holds frames of" in said(capsys, str(tmp_path / "model"), *arguments)
+    assert "holds frames of another flight, whose weights is '" in said(capsys, str(tmp_path / "model"), *arguments)
 
 
 def test_a_folder_in_the_way(model, tmp_path, capsys):
@@ -239,5 +322,15 @@ def test_models_that_are_none(model, tmp_path, monkeypatch, capsys):
     assert "expected city or a folder with config.json" in said(capsys, "village", *output)
     assert "city, the folder of a training run or a renderer (default: city)" in said(capsys, "--help")
     shutil.copytree(model, tmp_path / "run" / "renderer")
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    for write, where in (
+        (lambda: torch.save({"global_step": 480, "state_dict": {}}, checkpoint), " at step 480"),
+        (lambda: checkpoint.write_text("x"), ""),
+    ):
+        write()
+        message = said(capsys, str(tmp_path / "stopped"), *output)
+        assert f"error: model is '{tmp_path / 'stopped'}'; this run was stopped{where} and left no" in message
+        assert "--ckpt_path last" in message
     fly(str(tmp_path / "run"), tmp_path / "fly.mp4", "--frames", "1")
     assert (tmp_path / "fly.mp4").is_file()

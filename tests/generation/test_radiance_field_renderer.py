@@ -1,6 +1,8 @@
 """Drawing of radiance fields: rays, portions, experts, pictures; renderers in folders, whole and damaged."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from generation.radiance_field import renderer as renderer_module
 from generation.radiance_field.cameras import Cameras
 from generation.radiance_field.district_city import BOX, City
 from generation.radiance_field.pictures import colour_picture, depth_picture, expert_palette, expert_picture
-from generation.radiance_field.renderer import BYTES_A_SAMPLE, FIELDS, Drawn, Renderer, portions, rays_within
+from generation.radiance_field.renderer import FIELDS, Drawn, Renderer, most_steps, portions, rays_within
 from generation.radiance_field.saved_renderer import CONFIG, WEIGHTS, load, save
 from generation.radiance_field.scene import Scene
-from kernels.occupancy_grid import Marched
+from kernels.occupancy_grid import Marched, march
 from tests.generation import test_radiance_field_training as small
 
 STEP = 0.5
@@ -97,7 +99,7 @@ def test_portions_make_the_whole(kind, samples, monkeypatch):
     whole = made.draw(origins, directions, 2)
     assert len(made.march(origins, directions).start) > 3 * 40
     monkeypatch.setattr(renderer_module, "RAYS_AT_ONCE", 16)
-    assert_same(made.draw(origins, directions, 2, memory=samples * BYTES_A_SAMPLE), whole)
+    assert_same(made.draw(origins, directions, 2, memory=2 * samples * made.bytes_a_sample), whole)
 
 
 def test_portions_hold_no_more_samples_than_they_may():
@@ -159,10 +161,81 @@ def test_bad_rays(change, words):
         renderer().draw(*change(*some_rays()))
 
 
-@pytest.mark.parametrize("memory", [0, BYTES_A_SAMPLE - 1, 1e6, True])
-def test_memory_of_less_than_a_sample(memory):
-    with pytest.raises(ValueError, match=f"memory is {memory!r}; it must be a whole number of at least 4096"):
-        renderer().draw(*some_rays(), memory=memory)
+@pytest.mark.parametrize("memory", [0, "least - 1", 1e6, True])
+@pytest.mark.parametrize("kind", FIELDS)
+def test_memory_of_less_than_a_sample(kind, memory):
+    made = renderer(kind)
+    least = 2 * made.bytes_a_sample
+    memory = least - 1 if memory == "least - 1" else memory
+    with pytest.raises(ValueError, match=f"memory is {memory!r}; it must be a whole number of at least {least}"):
+        made.draw(*some_rays(), memory=memory)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"near": 0.5, "far": 13.0, "longest": 100.0, "step": 0.04, "cone_angle": 0.0},
+        {"near": 0.0, "far": 13.0, "longest": 3.0, "step": 0.04, "cone_angle": 0.0},
+        {"near": 0.5, "far": 13.0, "longest": 100.0, "step": 0.04, "cone_angle": 0.02},
+        {"near": 5.0, "far": 13.0, "longest": 100.0, "step": 0.04, "cone_angle": 0.02},
+        {"near": 0.0, "far": 1.0, "longest": 100.0, "step": 0.04, "cone_angle": 0.02},
+        {"near": 1.0, "far": 1.0, "longest": 100.0, "step": 0.04, "cone_angle": 0.0},
+    ],
+    ids=["even", "in a small box", "growing", "growing from the start", "not yet growing", "none"],
+)
+def test_most_steps_are_those_of_a_ray(steps):
+    """Of one that goes along a side of a box in which everything is occupied."""
+    steps = dict(steps)
+    longest, near, far = (steps.pop(name) for name in ("longest", "near", "far"))
+    box = torch.tensor([[0.0, -1, -1], [longest, 1, 1]])
+    rays = torch.tensor([[0.0, 0, 0]]), torch.tensor([[1.0, 0, 0]])
+    found = len(march(*rays, near, far, torch.ones(1, 1, 1, 1, dtype=torch.bool), box, **steps).start)
+    assert found <= most_steps(near, far, longest, **steps) <= found + 2
+
+
+MEMORY = """
+import gc, sys, threading, time, torch
+torch.set_num_threads(1)
+from tests.generation.test_radiance_field_renderer import Renderer, scene
+
+kind, step, memory, rays = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]) << 20, int(sys.argv[4])
+small = {} if kind == "switch_nerf" else {"levels": 4, "log2_table_size": 10}
+made = Renderer(kind, small, {"resolution": [8, 8, 8]}, step).eval()
+made.place(scene())
+cameras = scene().cameras.resized(torch.full((5,), 64), torch.full((5,), 64))
+rays = [part.reshape(-1, 3)[2000:2000 + rays] for part in cameras.image_rays(1)]
+made.draw(*(part[:2] for part in rays), memory=1 << 20)
+held = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+gc.collect()
+before, most, done = held(), [0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        most[0] = max(most[0], held())
+        time.sleep(0.001)
+
+watching = threading.Thread(target=watch)
+watching.start()
+made.draw(*rays, memory=memory)
+done.set()
+watching.join()
+print((most[0] - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from Linux")
+@pytest.mark.parametrize(
+    ("kind", "step", "memory", "rays"),
+    [("single_grid", 0.002, 16, 512), ("hash_experts", 0.01, 32, 1024), ("switch_nerf", 0.04, 64, 300)],
+    ids=["short steps", "hash experts", "wide layers"],
+)
+def test_memory_bounds_what_drawing_takes(kind, step, memory, rays):
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, kind, str(step), str(memory), str(rays)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= memory + 8  # what PyTorch allocates once, by the way
 
 
 def test_pictures_need_not_be_square():
@@ -174,6 +247,12 @@ def test_pictures_need_not_be_square():
     row, column = torch.tensor([2]), torch.tensor([5])
     one = made.draw(*wide.rays(1, column, row))
     assert_same(one, Drawn(*(value[2, 5][None] for value in vars(drawn).values())))
+
+
+@pytest.mark.parametrize("index", [5, 99, -1, 1.0])
+def test_pictures_of_cameras_that_are_none(index):
+    with pytest.raises(ValueError, match=f"index is {index}; it must be a whole number from 0 to 4"):
+        renderer().draw_image(scene().cameras, index)
 
 
 def test_appearance_is_that_of_a_picture():

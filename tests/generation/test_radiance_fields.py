@@ -312,6 +312,10 @@ def test_truncated_exp():
     y.sum().backward()
     assert_close(x.grad, x.detach().clamp(max=15).exp())
     assert density_of(x.to(torch.bfloat16), "truncated_exp", -1.0).dtype == torch.float32
+    steep = truncated_exp(torch.tensor([79.0, 81.0, 1e6, torch.nan]))
+    assert_close(steep[:1], torch.tensor([79.0]).exp())
+    assert steep[1] == steep[2] < torch.inf
+    assert steep[3].isnan()
 
 
 def test_harmonics_are_orthonormal():

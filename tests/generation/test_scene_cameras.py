@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from generation.radiance_field.cameras import Cameras, check_poses, orient_and_scale, similarity_scale
 from generation.radiance_field.lens_distortion import distort, undistort
-from generation.radiance_field.mega_nerf_scenes import altitude_bounds
+from generation.radiance_field.proposal_sampling import through_box
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nerf" / "volrend.safetensors"
 LENSES = {
@@ -61,12 +61,18 @@ def test_pinhole_rays_are_nerfstudios(golden, index):
 
 
 def test_altitude_clipped_rays_are_mega_nerfs(golden):
+    """A box whose upper and lower faces lie at the altitudes, as that of a scene has, clips descending rays so."""
     cameras = golden_cameras(golden["mega.c2w"][None], golden["cam.intrinsics_fx_fy_cx_cy"])
-    origins, directions = cameras.image_rays(0)
+    origins, directions = (rays.reshape(-1, 3) for rays in cameras.image_rays(0))
     near, far, highest, lowest = golden["mega.ray_args"].tolist()
-    bounds = torch.stack(altitude_bounds(origins, directions, near, far, (highest, lowest)), -1)
-    rays = torch.cat([origins, directions, bounds], -1)
-    torch.testing.assert_close(rays, golden["mega.rays"], atol=1e-5, rtol=1e-5)
+    box = torch.tensor([[highest, -9, -9], [lowest, 9, 9]])
+    enter, leave = through_box(origins, directions, box)
+    bounds = torch.stack([enter.clamp(min=near), leave.clamp(max=far)], -1)
+    rays, wanted = torch.cat([origins, directions, bounds], -1), golden["mega.rays"].flatten(0, -2)
+    empty = bounds[:, 0] >= bounds[:, 1]
+    torch.testing.assert_close(rays[~empty], wanted[~empty], atol=1e-5, rtol=1e-5)
+    assert torch.equal(empty, wanted[:, 6] >= wanted[:, 7])
+    assert 0 < empty.sum() < len(empty) / 2
 
 
 @pytest.mark.parametrize("lens", LENSES)

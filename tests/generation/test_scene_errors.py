@@ -85,6 +85,28 @@ BAD_JSON = {
         lambda data: data["frames"][0].update(file_path="images/gone.png"),
         "1 of 10 image files are missing: .*gone.png",
     ),
+    "missing-image-without-suffix": (
+        lambda data: data["frames"][0].update(file_path="images/gone"),
+        "frame 'images/gone' has no suffix, and there is neither that file nor, with .png added, .*gone.png",
+    ),
+    "same-frame-twice": (
+        lambda data: data["frames"][0].update(file_path="images/008.png"),
+        "frame 'images/008.png' is listed twice",
+    ),
+    "one-pose-for-all": (
+        lambda data: [frame.update(transform_matrix=data["frames"][0]["transform_matrix"]) for frame in data["frames"]],
+        "all 10 frames have one and the same pose",
+    ),
+    "principal-point-far-outside": (set_key("cx", 80.0), r"principal point .*'images/000.png' is \(80, 9.6\)"),
+    "principal-point-above": (set_key("cy", -30.0), r"is \(11.3, -30\) pixels in a picture of 24 x 18"),
+    "angle-too-wide": (
+        lambda data: [data.pop("fl_x"), data.update(camera_angle_x=4.0)],
+        "camera_angle_x is 4.0; it must be above 0 and below pi",
+    ),
+    "angle-of-nothing": (
+        lambda data: [data.pop("fl_x"), data.update(camera_angle_x=1.0, camera_angle_y=0.0)],
+        "camera_angle_y is 0.0; it must be above 0 and below pi",
+    ),
 }
 
 
@@ -147,7 +169,22 @@ BAD_COLMAP = {
     "other-camera": ("cameras.txt", "4 PINHOLE 24 18 1 2 3 4\n", r"is of camera 3; there are \[4\]"),
     "no-images": ("images.txt", "# none\n", "images.txt' has no images"),
     "short-line": ("images.txt", "1 1 0 0 0 0 0 0 3\n\n", "line 1 is .*expected: id qw qx"),
-    "no-quaternion": ("images.txt", "1 0 0 0 0 0 0 0 3 a.png\n\n", "frame 'a.png' holds NaN"),
+    "no-quaternion": ("images.txt", "1 0 0 0 0 0 0 0 3 a.png\n\n", "image 'a.png' has a quaternion of length 0"),
+    "no-second-lines": (
+        "images.txt",
+        "1 1 0 0 0 0 0 0 3 a.png\n2 1 0 0 0 1 0 0 3 b.png\n",
+        "line 2 .*'2 1 0 0 0 1 0 0 3 b.png'; it must hold the points of 'a.png', or be empty: .*two lines",
+    ),
+    "no-second-lines-and-spaces": (
+        "images.txt",
+        "1 1 0 0 0 0 0 0 3 a\n2 1 0 0 0 1 0 0 3 b 12 c.png\n",
+        "line 2 .*must hold the points of 'a', or be empty",
+    ),
+    "image-twice": (
+        "images.txt",
+        "".join(f"{i} 1 0 0 0 {i} 0 0 3 photo {i // 2:02d}.png\n\n" for i in range(3)),
+        "frame 'photo 00.png' is listed twice",
+    ),
 }
 
 
@@ -157,6 +194,18 @@ def test_bad_colmap_texts_are_named(taken, tmp_path, case):
     (write_colmap(taken, tmp_path, binary=False) / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_scene(tmp_path)
+
+
+def test_what_is_no_binary_file_of_colmap_is_said(taken, tmp_path):
+    """No advice to undistort what was never a camera."""
+    (write_colmap(taken, tmp_path) / "cameras.bin").write_bytes(
+        b"\x01" + bytes(7) + b"this is a text and no camera at all"
+    )
+    with pytest.raises(
+        ValueError, match=r"COLMAP has no such model: .*cameras.bin' is damaged, or not COLMAP's"
+    ) as found:
+        load_scene(tmp_path)
+    assert "undistort" not in str(found.value)
 
 
 def test_colmap_images_are_missing(taken, tmp_path):
@@ -243,6 +292,15 @@ def test_arguments_that_do_not_apply_are_refused(taken, tmp_path, arguments, mes
 def test_folder_of_no_format(tmp_path):
     with pytest.raises(ValueError, match=r"that folder has none of transforms\.json"):
         load_scene(tmp_path)
+
+
+def test_lens_that_cannot_be_meant_is_said(taken, tmp_path, caplog):
+    write_nerfstudio(taken, tmp_path, k1=-0.15, k2=0.03)
+    load_scene(tmp_path)
+    assert "lens" not in caplog.text
+    write_nerfstudio(taken, tmp_path, k1=50.0)
+    load_scene(tmp_path)
+    assert "The lens distortion of frame 'images/000.png' and 9 others moves a corner" in caplog.text
 
 
 def test_lens_that_cannot_be_undone_is_said(taken, tmp_path, caplog):

@@ -213,7 +213,7 @@ def test_mega_nerf(taken, tmp_path):
     # Of Rubble are known the altitudes 11 to 38 m downward; the origin lies at 2 m, and 7 m are one unit.
     assert scene.altitude_range == pytest.approx((9 / 7, 36 / 7))
     assert (scene.near, scene.far) == (pytest.approx(1 / 7), 2)
-    assert scene.box[1, 0].item() == pytest.approx(36 / 7)
+    assert scene.box[:, 0].tolist() == pytest.approx([9 / 7, 36 / 7])  # so that rays are clipped at both altitudes
     assert (scene.transform @ torch.tensor([*ORIGIN.tolist(), 1])).abs().max() < 1e-6  # the origin
 
 
@@ -221,8 +221,59 @@ def test_mega_nerf_altitudes(taken, tmp_path):
     write_mega_nerf(taken, tmp_path)
     assert load_scene(tmp_path).altitude_range is None
     assert load_scene(tmp_path, altitude_range=(2.0, 9.0)).altitude_range == pytest.approx((0.0, 1.0))
+    assert load_scene(tmp_path, altitude_range=(2.0, 9.0), normalise=True).altitude_range is None  # down is not x there
     with pytest.raises(ValueError, match=r"altitude_range is \(9, 2\); it must be \(highest, lowest\)"):
         load_scene(tmp_path, altitude_range=(9, 2))
+
+
+def test_mega_nerf_without_altitudes_says_so(taken, tmp_path, caplog):
+    write_mega_nerf(taken, tmp_path / "myscene")
+    load_scene(tmp_path / "myscene")
+    assert "altitude_range is not given, and 'myscene' is called after no released scene" in caplog.text
+    caplog.clear()
+    load_scene(tmp_path / "myscene", altitude_range=(2.0, 9.0))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("source", ["nerfstudio", "colmap", "mega-nerf"])
+def test_a_world_as_it_is_has_what_the_cameras_see_in_its_box(taken, tmp_path, source):
+    """Not only the cameras: of a flight at one height, the ground lies below all of them."""
+    WRITERS[source](taken, tmp_path)
+    scene = load_scene(tmp_path, normalise=False)
+    inside = []
+    for frame in range(len(taken.cameras)):
+        origins, directions = scene.cameras.image_rays(frame)
+        met = taken.distances[frame].isfinite()
+        distances = taken.distances[frame] * similarity_scale(scene.transform)
+        points = (origins + distances[..., None] * directions)[met]
+        inside.append(((points > scene.box[0]) & (points < scene.box[1])).all(-1).float().mean())
+    assert torch.stack(inside).mean() > 0.9
+    positions = scene.cameras.c2w[:, :, 3]
+    assert ((positions >= scene.box[0] - 1e-5) & (positions <= scene.box[1] + 1e-5)).all()
+
+
+def test_distances_grow_with_a_world_that_is_scaled(taken, tmp_path):
+    write_blender(taken, tmp_path)
+    scene = load_scene(tmp_path, normalise=True)
+    factor = similarity_scale(scene.transform)
+    assert factor < 0.5
+    assert (scene.near, scene.far) == pytest.approx((2 * factor, 6 * factor))
+
+
+def test_rays_that_miss_the_box_are_said(taken, tmp_path, caplog):
+    """Blender's box is known, and so small that cameras in other units may look past it."""
+    write_blender(taken, tmp_path)
+    load_scene(tmp_path)
+    assert caplog.text == ""
+    for split in ("train", "val", "test"):
+        path = tmp_path / f"transforms_{split}.json"
+        data = json.loads(path.read_text())
+        for frame in data["frames"]:
+            for row in frame["transform_matrix"][:3]:
+                row[3] += 50.0
+        path.write_text(json.dumps(data))
+    load_scene(tmp_path)
+    assert "6 of 6 training cameras look past the box [-1.5, -1.5, -1.5] to [1.5, 1.5, 1.5]" in caplog.text
 
 
 @pytest.mark.parametrize("source", WRITERS)
