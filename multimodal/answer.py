@@ -110,7 +110,7 @@ def report(info: "ZoomInfo", size: tuple[int, int]) -> list[str]:
     gate = "not asked" if info.gate_probability is None else f"{info.gate_probability:.3f}"
     boxes = [f"left {left}, top {top}, right {right}, bottom {bottom}" for left, top, right, bottom in info.boxes]
     tokens = f"{info.visual_tokens} ({info.source_tokens} of the whole image, {info.region_tokens} of the closer look)"
-    share = f"{info.full_tokens} at full resolution, {info.full_tokens / info.visual_tokens:.1f}x as many"
+    share = f"{info.full_tokens} at full resolution, {info.full_tokens / info.visual_tokens:.1f} times as many"
     return [
         f"gate           {gate}{', looked closer' if info.opened else f', {info.note}' if info.note else ''}",
         f"box            {'; '.join(boxes) or 'none'} (image: {size[0]} x {size[1]} pixels)",

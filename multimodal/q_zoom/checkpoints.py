@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HEADS_FILE = "q_zoom_heads.safetensors"
 OFFICIAL = re.compile(r"(?:^|\.)(twig_layers|twig_norm|high_res_layers|high_res_head)\.(.+)$")
 UNUSED = ("self_attn.v_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # options that also find other files
 SUFFIX = {"tap_layer": "twig_K", "proposal_depth": "twig_T"}
 
 
@@ -48,9 +49,9 @@ def load(
     kind: type["QZoom"], base: str, heads: str | None, config: QZoomConfig | None, options: Mapping[str, Any]
 ) -> "QZoom":
     """A Q-Zoom of a stock model and branches; arguments as of `QZoom.from_pretrained`."""
-    with branches_expected():
-        model = AutoModelForImageTextToText.from_pretrained(base, **options)
-    processor = AutoProcessor.from_pretrained(base)
+    model = load_base(base, options)
+    where = {name: value for name, value in options.items() if name in WHERE}
+    processor = AutoProcessor.from_pretrained(base, **where)
     if heads is not None:
         path = Path(heads) / HEADS_FILE
         config = config or QZoomConfig.load(heads)
@@ -58,7 +59,7 @@ def load(
     else:
         config = config or official_config(model)
         weights, path = {}, base
-        for file in weight_files(base):
+        for file in weight_files(base, where):
             weights.update(read(file, only_branches=True))
     zoom = kind.wrap(model, processor, config)
     load_weights(zoom, weights, path)
@@ -73,6 +74,10 @@ def load_weights(zoom: "QZoom", weights: Mapping[str, Tensor], source: object) -
     """
     if any(OFFICIAL.search(name) for name in weights):
         weights = from_official(weights, zoom.config.proposal_depth)
+        if zoom.config.share_first_layer:
+            weights = without_shared_layer(weights, source)
+        if not any(name.startswith("gate.") for name in weights):
+            zoom.gate = None  # stages 1 and 2 have none yet, and LLaVA's published checkpoints have none at all
     expected = own_weights(zoom)
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -90,7 +95,7 @@ def load_weights(zoom: "QZoom", weights: Mapping[str, Tensor], source: object) -
 
 def own_weights(zoom: "QZoom") -> dict[str, Tensor]:
     """The branches' parameters by name; a layer both share stands once, under the proposal."""
-    named = [("proposal", zoom.proposal), ("gate", zoom.gate)]
+    named = [("proposal", zoom.proposal), *([] if zoom.gate is None else [("gate", zoom.gate)])]
     seen: set[int] = set()
     weights = {}
     for branch, module in named:
@@ -128,6 +133,20 @@ def from_official(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor
     return ours
 
 
+def without_shared_layer(weights: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Weights without the gate's first layer, which is the proposal's.
+
+    Raises:
+        ValueError: they are two.
+    """
+    kept = dict(weights)
+    for name in [name for name in weights if name.startswith("gate.layers.0.")]:
+        twin = weights.get(name.replace("gate.", "proposal.", 1))
+        if twin is None or not kept.pop(name).equal(twin):
+            raise ValueError(f"{name} in {source} is not the proposal's; with share_first_layer it must be the same")
+    return kept
+
+
 def official_weights(zoom: "QZoom") -> dict[str, Tensor]:
     """The branches under the authors' names; the tensors they never use keep the model's values, as with them."""
     prefix = "model.language_model." if zoom.model.config.model_type == "qwen3_vl" else "model."
@@ -144,8 +163,8 @@ def official_weights(zoom: "QZoom") -> dict[str, Tensor]:
         else:
             inner = name if name.startswith("input_layernorm") else f"self_attn.{name}"
             weights[f"{prefix}twig_layers.{last}.{inner}"] = tensor
-    for name, tensor in zoom.gate.named_parameters():
-        weights[f"{prefix}high_res_{name}"] = tensor
+    if zoom.gate is not None:
+        weights |= {f"{prefix}high_res_{name}": tensor for name, tensor in zoom.gate.named_parameters()}
     # A shared layer is written twice: safetensors holds no tensor under two names.
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
@@ -171,13 +190,18 @@ def official_config(model: PreTrainedModel) -> QZoomConfig:
     return QZoomConfig(**settings)
 
 
-def weight_files(base: str) -> list[Path]:
-    """The safetensors files of a model, local or on the hub, that can hold branches."""
-    index = cached_file(base, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+def weight_files(base: str, where: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a model, local or on the hub, that can hold branches.
+
+    Args:
+        where: which revision and so on, as `from_pretrained` takes it.
+    """
+    index = cached_file(base, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
     if index is None:
-        return [Path(cached_file(base, "model.safetensors"))]
+        return [Path(cached_file(base, "model.safetensors", **where))]
     names = json.loads(Path(index).read_text())["weight_map"]
-    return [Path(cached_file(base, file)) for file in sorted({file for name, file in names.items() if is_branch(name)})]
+    files = sorted({file for name, file in names.items() if is_branch(name)})
+    return [Path(cached_file(base, file, **where)) for file in files]
 
 
 def is_branch(name: str) -> bool:
@@ -198,13 +222,39 @@ def read(path: Path, *, only_branches: bool = False) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
+def load_base(base: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The stock model of a checkpoint, which may hold branches besides.
+
+    Raises:
+        ValueError: weights of the model are missing or of other shapes, or there are some that are nobody's.
+    """
+    try:
+        with unreported():
+            model, info = AutoModelForImageTextToText.from_pretrained(base, **options, output_loading_info=True)
+    except OSError as error:
+        raise ValueError(f"{base!r} holds no model of transformers, and there is none of that name: {error}") from error
+    unknown = [name for name in info["unexpected_keys"] if not is_branch(name)]
+    for kind, names in (
+        ("are missing", info["missing_keys"]),
+        ("have other shapes", info["mismatched_keys"]),
+        ("are not of the model or of branches", unknown),
+    ):
+        if names:
+            raise ValueError(f"{base!r} does not fit {type(model).__name__}: weights {kind}: {sorted(names)[:3]}")
+    return model
+
+
 @contextmanager
-def branches_expected() -> Iterable[None]:
-    """Keep transformers from reporting the branches among a checkpoint's weights as unexpected."""
+def unreported() -> Iterator[None]:
+    """Keep transformers from reporting what does not fit: branches among the weights would be all it speaks of."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def grave(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # A filter, for at another level transformers would report on sharding instead.
+    logger.addFilter(grave)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(grave)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,40 +12,37 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from multimodal.q_zoom.adapters.protocol import BackboneAdapter
+from multimodal.q_zoom.generation_options import GenerationOptions
 from multimodal.q_zoom.prefill import Prefilled
 
 
 def continue_by_generate(
-    adapter: BackboneAdapter, rows: Sequence[Prefilled], input_ids: Tensor, options: Mapping[str, Any]
+    adapter: BackboneAdapter, rows: Sequence[Prefilled], input_ids: Tensor, options: GenerationOptions
 ) -> Any:
     """What `generate` of the stock model returns, as if its prompts had been `input_ids`.
 
     Args:
         rows: prompts that were read; their caches must not be used afterwards.
         input_ids: `[B, S]`, the questions as the caller gave them, which the result starts with.
-        options: of `generate`.
+        options: of `generate`. Streamers and stopping criteria see the prompts with their regions.
     """
-    model = adapter.model
-    options = dict(options)
-    if options.get("max_length") is not None and options.get("max_new_tokens") is None:
-        options["max_new_tokens"] = options.pop("max_length") - input_ids.shape[1]
     length = max(row.prompt.length for row in rows)
     cache = together([row.cache for row in rows], length)
-    copies = max(setting(model, options, "num_beams"), setting(model, options, "num_return_sequences"))
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
-    ids = input_ids.new_full((len(rows), length), padding_of(model))
+    if options.copies > 1:
+        cache.batch_repeat_interleave(options.copies)
+    ids = input_ids.new_full((len(rows), length), options.padding)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, length - row.prompt.length :] = row.prompt.input_ids
         mask[index, length - row.prompt.length :] = 1
-    logits = torch.stack([row.logits for row in rows])[:, None].repeat_interleave(copies, dim=0)
-    generated = with_first_answer(model, logits, cache).generate(
+    logits = torch.stack([row.logits for row in rows])[:, None].repeat_interleave(options.copies, dim=0)
+    generated = with_first_answer(adapter.model, logits, cache).generate(
         input_ids=ids,
         attention_mask=mask,
         past_key_values=cache,
         **adapter.generation_positions([row.prompt.positions for row in rows], length),
-        **options,
+        generation_config=options.config,
+        **options.others,
     )
     if isinstance(generated, Tensor):
         return as_asked(generated, input_ids, length)
@@ -106,19 +103,3 @@ def together(caches: Sequence[DynamicCache], length: int) -> DynamicCache:
 def padded(states: Tensor, length: int) -> Tensor:
     """`[1, H, S, D]` with zeros before, to `length` tokens."""
     return F.pad(states, (0, 0, length - states.shape[2], 0))
-
-
-def padding_of(model: Any) -> int:
-    """The id that fills a batch's shorter rows; masks hide it."""
-    config = model.generation_config
-    for token in (config.pad_token_id, config.eos_token_id):
-        if token is not None:
-            return token[0] if isinstance(token, list) else int(token)
-    return 0
-
-
-def setting(model: Any, options: Mapping[str, Any], name: str) -> int:
-    """A whole number among options of `generate`, or in the configuration it falls back on."""
-    configured = options.get("generation_config") or model.generation_config
-    value = options.get(name, getattr(configured, name, None))
-    return 1 if value is None else int(value)

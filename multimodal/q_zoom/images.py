@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
+
+from multimodal.q_zoom.regions import LONGEST_STRIP
 
 ImageLike = Image.Image | str | Path
 
@@ -17,8 +19,6 @@ def opened(image: ImageLike, name: str = "image") -> Image.Image:
     Raises:
         ValueError: the file cannot be read as an image, or is larger than 100 megapixels.
     """
-    from PIL import ImageOps
-
     if not isinstance(image, (Image.Image, str, Path)):
         raise ValueError(f"{name} is a {type(image).__name__}; it must be a PIL image or the path of an image file")
     try:
@@ -55,5 +55,10 @@ def opened_images(images: Any, rows: int, least_side: int) -> list[Image.Image]:
             raise ValueError(
                 f"images[{row}] has {picture.width} x {picture.height} pixels; both sides must have {least_side}, "
                 f"what one visual token covers"
+            )
+        if max(picture.size) > LONGEST_STRIP * min(picture.size):
+            raise ValueError(
+                f"images[{row}] has {picture.width} x {picture.height} pixels; "
+                f"the longer side may be {LONGEST_STRIP} times the shorter at most"
             )
     return pictures

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from multimodal.argument_checks import check_choice, check_real
 from multimodal.q_zoom.adapters import adapter_of
 from multimodal.q_zoom.configuration import QZoomConfig
 from multimodal.q_zoom.generation import continue_by_generate
+from multimodal.q_zoom.generation_options import GenerationOptions
 from multimodal.q_zoom.heads import RegionProposal, ZoomGate, copies_of_layers
 from multimodal.q_zoom.images import ImageLike, opened_images
 from multimodal.q_zoom.prefill import (
@@ -28,7 +30,7 @@ from multimodal.q_zoom.prefill import (
     with_shared_layer,
 )
 from multimodal.q_zoom.prompt import Prompt
-from multimodal.q_zoom.regions import Box, checked_box, find_regions
+from multimodal.q_zoom.regions import Box, checked_box, find_regions, widened_box
 from multimodal.q_zoom.separability_gate import answer_twice
 
 GATES = ("auto", "always", "never", "separability")
@@ -36,7 +38,10 @@ GATES = ("auto", "always", "never", "separability")
 
 @dataclass(frozen=True)
 class Proposal:
-    """Where to look: boxes in cells and in pixels of the source image, and the blurred probabilities of all cells."""
+    """Where to look: boxes in pixels of the source image and in cells, and probabilities `[H, W]` over the image.
+
+    The probabilities are those of the cells, blurred; of LLaVA, whose cells cover a padded square, at a finer grid.
+    """
 
     boxes: list[Box]
     cells: list[Box]
@@ -51,9 +56,9 @@ class ZoomInfo:
         gate_probability: of the gate, or the answer's separability with `gate="separability"`; `None` if not asked.
         opened: the answer was given with a closer look.
         boxes: what was looked at, in pixels of the source image.
-        heat_map: `[rows, columns]`, blurred probabilities the boxes were found in; `None` if they were not.
+        heat_map: `[H, W]`, the probabilities over the image that boxes were found in; `None` if none were looked for.
         source_tokens, region_tokens: visual tokens of the whole image and of the regions.
-        full_tokens: visual tokens that the image would take at its own resolution.
+        full_tokens: visual tokens that the image would take at its own resolution; `None` if the image was not given.
         note: why there was no closer look though the gate was open, or "".
     """
 
@@ -63,7 +68,7 @@ class ZoomInfo:
     heat_map: Tensor | None
     source_tokens: int
     region_tokens: int
-    full_tokens: int
+    full_tokens: int | None
     note: str = ""
 
     @property
@@ -84,7 +89,12 @@ class QZoom(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, config: QZoomConfig, proposal: RegionProposal, gate: ZoomGate
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        config: QZoomConfig,
+        proposal: RegionProposal,
+        gate: ZoomGate | None,
     ):
         super().__init__()
         self.model = model
@@ -155,8 +165,9 @@ class QZoom(nn.Module):
             raise ValueError(f"questions is {questions!r}; each question must be a text that is not empty")
         pictures = opened_images(images, len(listed), self.adapter.cell_pixels)
         least, most = self.config.coarse_tokens
-        if self.config.max_visual_tokens is not None:
-            most = min(most, self.config.max_visual_tokens)
+        cap = self.config.max_visual_tokens
+        if cap is not None and self.adapter.fixed_tokens is None:
+            most = min(most, cap - min(self.config.region_tokens[0], cap // 2))  # a region must find room
         return self.adapter.ask(pictures, listed, (min(least, most), most))
 
     @torch.no_grad()
@@ -188,32 +199,44 @@ class QZoom(nn.Module):
             gate_threshold, region_threshold: instead of the configuration's, in [0, 1]; for `gate="separability"`
                 `gate_threshold` stands for `separability_threshold`.
             return_zoom_info: return `(output, [ZoomInfo, ...])`.
-            options: any arguments of stock `generate`.
+            options: any arguments of stock `generate` but assisted decoding and `use_cache=False`. Lengths count the
+                prompts as given; streamers and stopping criteria see them with their regions.
 
         Raises:
             ValueError: inputs, images, boxes or thresholds that cannot be used.
         """
         check_choice("gate", gate, GATES)
         thresholds = self._thresholds(gate, gate_threshold, region_threshold)
+        if inputs.get("input_ids") is None:
+            raise ValueError(f"inputs hold {sorted(inputs)}; they must be a processor's output, input_ids among it")
         rows = len(inputs["input_ids"])
         if gate == "never":
             if box is not None:
                 raise ValueError("box is given and gate is 'never'; leave one of them out")
+            pictures = [None] * rows if images is None else opened_images(images, rows, self.adapter.cell_pixels)
             prompts = self.adapter.prompts(inputs) if return_zoom_info else []
             output = self.model.generate(**inputs, **options)
-            return (output, [self.closed(prompt, None) for prompt in prompts]) if return_zoom_info else output
+            infos = [self.closed(*pair) for pair in zip(prompts, pictures, strict=False)]
+            return (output, infos) if return_zoom_info else output
+        if gate == "auto" and self.gate is None and box is None:
+            raise ValueError(
+                "gate is 'auto', but the checkpoint had no gate; valid are 'always', 'never', 'separability'"
+            )
         pictures = opened_images(images, rows, self.adapter.cell_pixels)
-        boxes = boxes_by_row(box, [picture.size for picture in pictures])
+        boxes = boxes_by_row(box, [picture.size for picture in pictures], self.config.least_region_pixels)
+        settled = GenerationOptions.of(self.model, options, inputs["input_ids"].shape[1])
         prompts = self.adapter.prompts(inputs)
+        for row, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            self.adapter.check_picture(prompt, picture.size, row)
         if gate == "separability":
-            output, infos = answer_twice(self, inputs, prompts, pictures, boxes, thresholds, options)
+            output, infos = answer_twice(self, inputs, prompts, pictures, boxes, thresholds, settled)
         else:
             read = [
                 self._read(prompt, picture, gate, chosen, thresholds)
                 for prompt, picture, chosen in zip(prompts, pictures, boxes, strict=True)
             ]
             infos = [info for _, info in read]
-            output = continue_by_generate(self.adapter, [row for row, _ in read], inputs["input_ids"], options)
+            output = continue_by_generate(self.adapter, [row for row, _ in read], inputs["input_ids"], settled)
         return (output, infos) if return_zoom_info else output
 
     @torch.no_grad()
@@ -238,15 +261,15 @@ class QZoom(nn.Module):
             max_boxes=config.max_boxes,
             margin_cells=config.margin_cells,
         )
-        pixels = [
-            self.adapter.cells_to_pixels(box, tap.prompt, size, config.least_region_pixels) for box in found.boxes
-        ]
-        return Proposal(pixels, found.boxes, found.probabilities)
+        least = config.least_region_pixels
+        pixels = [self.adapter.cells_to_pixels(box, tap.prompt, size, least) for box in found.boxes]
+        pixels = [widened_box(box, size, 1) for box in pixels]
+        return Proposal(pixels, found.boxes, self.adapter.over_image(found.probabilities, size))
 
     def read_to_tap(self, prompt: Prompt) -> Tap:
         """`prompt` read by the layers both branches read from."""
         tap = read_to_tap(self.adapter, prompt, self.config.tap_layer)
-        return with_shared_layer(self.adapter, tap, self.proposal, self.gate)
+        return tap if self.gate is None else with_shared_layer(self.adapter, tap, self.proposal, self.gate)
 
     def look_closer(
         self, tap: Tap, picture: Image, boxes: Sequence[Box], cells: Sequence[Box], *, reuse: bool = True
@@ -272,6 +295,8 @@ class QZoom(nn.Module):
         tap = self.read_to_tap(prompt)
         probability = None
         if gate == "auto" and not chosen:
+            if self.gate is None:
+                raise ValueError("gate is 'auto', but the checkpoint had no gate; give every row a box")
             probability = check_real("the gate's probability", gate_probability(self.adapter, tap, self.gate), 0, 1)
             if probability < thresholds[0]:
                 return read_on(self.adapter, tap, exact=self.config.exact), self.closed(prompt, picture, probability)
@@ -313,7 +338,7 @@ class QZoom(nn.Module):
     ) -> ZoomInfo:
         """What was done for a prompt that was answered without a closer look."""
         source = prompt.grid[0] * prompt.grid[1]
-        full = source if picture is None else full_tokens(picture, self.adapter.cell_pixels)
+        full = None if picture is None else full_tokens(picture, self.adapter.cell_pixels)
         return ZoomInfo(probability, False, [], heat_map, source, 0, full, note)
 
     def _thresholds(self, gate: str, gate_threshold: float | None, region_threshold: float | None) -> tuple:
@@ -349,6 +374,16 @@ def check_fit(config: QZoomConfig, adapter: Any) -> None:
             f"tap_layer is {config.tap_layer}; the first {adapter.deepstack_levels} layers get features of the image "
             f"added, so it must be at least {adapter.deepstack_levels}"
         )
+    fixed = adapter.fixed_tokens
+    for name in ("coarse_tokens", "region_tokens"):
+        least, most = getattr(config, name)
+        if fixed is not None and not least <= fixed <= most:
+            kind = adapter.model.config.model_type
+            raise ValueError(f"{name} is {(least, most)}; {kind!r} takes {fixed} tokens for every image")
+    if fixed is not None and config.max_visual_tokens is not None and config.max_visual_tokens < 2 * fixed:
+        raise ValueError(
+            f"max_visual_tokens is {config.max_visual_tokens}; an image and a region take {2 * fixed} tokens together"
+        )
     if config.alignment not in adapter.alignments:
         kinds = ", ".join(adapter.alignments)
         raise ValueError(f"alignment is {config.alignment!r}; {adapter.model.config.model_type!r} has only {kinds}")
@@ -359,8 +394,11 @@ def full_tokens(picture: Image, cell: int) -> int:
     return max(1, round(picture.width / cell)) * max(1, round(picture.height / cell))
 
 
-def boxes_by_row(box: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Box]]:
+def boxes_by_row(box: Any, sizes: Sequence[tuple[int, int]], least: int) -> list[list[Box]]:
     """Boxes as `generate` takes them, one list a row, inside images of `sizes` (width, height).
+
+    Args:
+        least: shorter sides grow to it, in pixels.
 
     Raises:
         ValueError: not as described there, or a box with no area inside its image.
@@ -368,6 +406,10 @@ def boxes_by_row(box: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Box]]:
     rows = len(sizes)
     if box is None:
         return [[] for _ in sizes]
+    if hasattr(box, "tolist"):
+        box = box.tolist()
+    if not isinstance(box, Sequence) or isinstance(box, str) or not len(box):
+        raise ValueError(f"box is {box!r}; it must be four numbers (left, top, right, bottom) or a list of such boxes")
     if is_box(box):
         box = [box]
         if rows > 1:
@@ -378,11 +420,14 @@ def boxes_by_row(box: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Box]]:
         raise ValueError(f"box has {len(box)} entries for {rows} questions; give one, or None, a question")
     by_row = []
     for entry, size in zip(box, sizes, strict=True):
+        if entry is not None and not hasattr(entry, "__len__"):
+            raise ValueError(f"box holds {entry!r}; each entry must be None, a box, or a list of boxes")
         listed = [] if entry is None else [entry] if is_box(entry) else list(entry)
-        by_row.append([checked_box(one, size) for one in listed])
+        by_row.append([widened_box(checked_box(one, size), size, least) for one in listed])
     return by_row
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value is four numbers rather than a list of boxes."""
-    return isinstance(value, (Sequence, Tensor)) and len(value) > 0 and not isinstance(value[0], (Sequence, type(None)))
+    """Whether a value is numbers rather than a list of boxes."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(edge, Real) for edge in value)

@@ -12,10 +12,11 @@ LEAST_SIDE = 480  # pixels of a small image when shown
 
 
 def heat_overlay(picture: Image.Image, heat_map: np.ndarray, strength: float = 0.6) -> Image.Image:
-    """`picture` with probabilities `[rows, columns]` laid over it: dark where they are 0, warm where they are high."""
+    """`picture` with probabilities `[rows, columns]` laid over it: dark where they are 0, bright at their highest."""
     import cv2
 
     heat = np.clip(np.asarray(heat_map, dtype=np.float32), 0, 1)
+    heat = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
     heat = cv2.resize(heat, picture.size, interpolation=cv2.INTER_LINEAR)
     colours = cv2.applyColorMap((255 * heat).round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     mixed = (1 - strength) * np.asarray(picture, dtype=np.float32) + strength * colours

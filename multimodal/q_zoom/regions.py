@@ -23,6 +23,7 @@ from multimodal.argument_checks import check_choice, check_real, check_size, che
 SINKS = ("corner", "first_token", "none")
 BOX_MODES = ("enclosing", "components")
 CORNER_SINK_CELLS = 256  # a map of no more cells shows no sink in its corner
+LONGEST_STRIP = 100  # times its shorter side, of an image or a box
 MIN_SIDE = 28  # pixels of one cell of Qwen2.5-VL; Q-Zoom has the same number for Qwen3-VL, whose cells have 32
 
 
@@ -294,6 +295,18 @@ def checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
     return Box(
         max(0, math.floor(left)), max(0, math.floor(top)), min(width, math.ceil(right)), min(height, math.ceil(bottom))
     )
+
+
+def widened_box(box: Box, image_size: tuple[int, int], least: int) -> Box:
+    """`box` with sides of at least `least` pixels, and of a hundredth of the longer side, as far as the image has them.
+
+    Processors cannot take strips that are much longer.
+    """
+    width, height = image_size
+    least = max(least, math.ceil(max(box.width, box.height) / LONGEST_STRIP))
+    left, right = _widened(box.left, box.right, width, least)
+    top, bottom = _widened(box.top, box.bottom, height, least)
+    return Box(left, top, right, bottom)
 
 
 def cells_touched(box: Box, grid: tuple[int, int], image_size: tuple[int, int]) -> Box:

@@ -1,13 +1,14 @@
 """A gate without training: answer first, and look closer where the answer's tokens do not stand out (SpecEyes)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from multimodal.q_zoom.generation import continue_by_generate, padding_of, setting
+from multimodal.q_zoom.generation import continue_by_generate
+from multimodal.q_zoom.generation_options import GenerationOptions
 from multimodal.q_zoom.prefill import read_on
 from multimodal.q_zoom.prompt import Prompt
 from multimodal.q_zoom.regions import Box
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from multimodal.q_zoom.model import QZoom, ZoomInfo
 
 ALTERNATIVES = 64  # logits a token is compared with, as many as there are if fewer
-ONE_ANSWER = {"num_beams": 1, "num_return_sequences": 1}
 
 
 def answer_twice(
@@ -27,7 +27,7 @@ def answer_twice(
     pictures: Sequence[Image],
     boxes: Sequence[Sequence[Box]],
     thresholds: tuple[float, float],
-    options: Mapping[str, Any],
+    options: GenerationOptions,
 ) -> tuple[Tensor, list["ZoomInfo"]]:
     """Sequences and what was done, a row each; arguments as of `QZoom.generate`.
 
@@ -36,20 +36,19 @@ def answer_twice(
     Raises:
         ValueError: options ask for several answers, a stream, or more than sequences.
     """
-    check_options(zoom, options)
+    check_options(options)
     ids = inputs["input_ids"]
     taps = [zoom.read_to_tap(prompt) for prompt in prompts]
     first = continue_by_generate(
         zoom.adapter,
         [read_on(zoom.adapter, tap, exact=zoom.config.exact) for tap in taps],
         ids,
-        {**options, "return_dict_in_generate": True, "output_logits": True},
+        options.with_settings(return_dict_in_generate=True, output_logits=True),
     )
     answers = first.sequences[:, ids.shape[1] :]
-    ends = ending_tokens(zoom)
     infos, again = [], []
     for row, (tap, picture, chosen) in enumerate(zip(taps, pictures, boxes, strict=True)):
-        length = answer_length(answers[row], ends)
+        length = answer_length(answers[row], options.ends)
         logits = torch.stack([step[row] for step in first.logits[:length]])
         score = float(answer_separability(logits, top_k=min(ALTERNATIVES, logits.shape[-1])))
         if score < thresholds[0] or chosen:
@@ -61,24 +60,20 @@ def answer_twice(
     if again:
         rows = [row for row, _ in again]
         second = continue_by_generate(zoom.adapter, [read for _, read in again], ids[rows], options)
-        answers = replaced(answers, rows, second[:, ids.shape[1] :], padding_of(zoom.model))
+        answers = replaced(answers, rows, second[:, ids.shape[1] :], options.padding)
     return torch.cat((ids, answers), dim=1), infos
 
 
-def check_options(zoom: "QZoom", options: Mapping[str, Any]) -> None:
+def check_options(options: GenerationOptions) -> None:
     """Raise a `ValueError` for options of `generate` that have no meaning for two answers in a row."""
-    for name in ONE_ANSWER:
-        if setting(zoom.model, options, name) > 1:
-            raise ValueError(f"{name} is {options.get(name)!r}; with gate='separability' it must be 1")
-    for name in ("streamer", "return_dict_in_generate"):
-        if options.get(name):
-            raise ValueError(f"{name} is given; gate='separability' answers twice and returns sequences only")
-
-
-def ending_tokens(zoom: "QZoom") -> set[int]:
-    """Ids that end an answer."""
-    ends = zoom.model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+    if options.copies > 1:
+        config = options.config
+        given = f"num_beams is {config.num_beams} and num_return_sequences {config.num_return_sequences}"
+        raise ValueError(f"{given}; with gate='separability' both must be 1")
+    if options.others.get("streamer") is not None or options.config.return_dict_in_generate:
+        raise ValueError(
+            "gate='separability' answers twice and returns sequences: no streamer, no return_dict_in_generate"
+        )
 
 
 def answer_length(tokens: Tensor, ends: set[int]) -> int:

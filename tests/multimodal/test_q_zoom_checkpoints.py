@@ -105,6 +105,23 @@ def test_heads_of_their_own_go_around_a_stock_checkpoint(tmp_path):
         QZoom.from_pretrained(str(tmp_path / "base"))
 
 
+def test_a_base_without_all_its_weights_is_refused(tmp_path, caplog):
+    zoom = random_zoom("qwen2_5_vl")
+    zoom.model.save_pretrained(tmp_path / "base")
+    zoom.processor.save_pretrained(tmp_path / "base")
+    zoom.save_pretrained(tmp_path / "heads")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "model.odd.weight": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"not of the model or of branches.*odd"):
+        QZoom.from_pretrained(str(tmp_path / "base"), heads=str(tmp_path / "heads"))
+    weights.pop("lm_head.weight")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"are missing.*lm_head"):
+        QZoom.from_pretrained(str(tmp_path / "base"), heads=str(tmp_path / "heads"))
+    assert "sharded" not in caplog.text
+
+
 def without_one(weights):
     weights.pop("gate.head.bias")
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from multimodal.q_zoom import QZoom
 from multimodal.q_zoom.generation import continue_by_generate
+from multimodal.q_zoom.generation_options import GenerationOptions
 from multimodal.q_zoom.prefill import fuse, gate_probability, read_on, read_to_tap, reread, score_map
 from multimodal.q_zoom.prompt import ImageTokens, Prompt
 from multimodal.q_zoom.regions import find_regions
@@ -103,14 +105,18 @@ def test_open_gate_gives_the_official_answer(golden, alignment, key, reuse):
     close(read_on(zoom.adapter, again, exact=True).logits, tensors[f"out.{key}.logits_last"][0])
     rows = [read_on(zoom.adapter, again)]
     ids = tensors["in.input_ids"]
-    made = continue_by_generate(zoom.adapter, rows, ids, {"max_new_tokens": 8, "do_sample": False})
+    made = continue_by_generate(zoom.adapter, rows, ids, greedy(zoom))
     assert made[:, ids.shape[1] :].equal(tensors[f"out.{key}.tokens"])
+
+
+def greedy(zoom: QZoom) -> GenerationOptions:
+    return GenerationOptions.of(zoom.model, {"max_new_tokens": 8, "do_sample": False}, 0)
 
 
 def generated(golden: GoldenModel, prompt: Prompt) -> Tensor:
     """Eight greedy tokens of a prompt read without a closer look."""
     zoom, ids = golden.zoom, golden.tensors["in.input_ids"]
     rows = [read_on(zoom.adapter, read_to_tap(zoom.adapter, prompt, zoom.config.tap_layer))]
-    made = continue_by_generate(zoom.adapter, rows, ids, {"max_new_tokens": 8, "do_sample": False})
+    made = continue_by_generate(zoom.adapter, rows, ids, greedy(zoom))
     assert made[:, : ids.shape[1]].equal(ids)
     return made[:, ids.shape[1] :]

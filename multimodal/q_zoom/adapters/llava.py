@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from multimodal.q_zoom.adapters.protocol import image_run
 from multimodal.q_zoom.layers import Decoder, Rotary
 from multimodal.q_zoom.prompt import ImageTokens, Prompt
 from multimodal.q_zoom.regions import Box, cells_touched, padded_square_to_pixels
+
+FINER = 16  # times a map of cells, for cutting off a square's padding
 
 
 class LlavaAdapter:
@@ -34,6 +37,7 @@ class LlavaAdapter:
         self.cell_pixels = vision.patch_size
         self.side = vision.image_size
         self.grid = (self.side // vision.patch_size,) * 2
+        self.fixed_tokens = self.grid[0] * self.grid[1]
 
     def prompts(self, inputs: Mapping[str, Tensor]) -> list[Prompt]:
         ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
@@ -45,7 +49,7 @@ class LlavaAdapter:
         if len(pixels) != len(ids):
             raise ValueError(f"inputs have {len(ids)} questions and {len(pixels)} images; each must have one image")
         rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
-        expected = self.grid[0] * self.grid[1]
+        expected = self.fixed_tokens
         starts = []
         for index, row in enumerate(rows):
             start, count = image_run(row, self.image_token, index)
@@ -58,9 +62,6 @@ class LlavaAdapter:
         ]
 
     def encode(self, images: Sequence[Image.Image], budget: tuple[int, int]) -> list[ImageTokens]:
-        tokens = self.grid[0] * self.grid[1]
-        if budget[1] < tokens:
-            raise ValueError(f"region_tokens or max_visual_tokens leave {budget[1]} tokens; a region takes {tokens}")
         size = {"height": self.side, "width": self.side}
         encoded = [
             self.processor.image_processor(images=[image], size=size, do_center_crop=False, return_tensors="pt")
@@ -103,6 +104,18 @@ class LlavaAdapter:
         across, down = ((side - length) // 2 for length in size)
         moved = (box[0] + across, box[1] + down, box[2] + across, box[3] + down)
         return cells_touched(moved, prompt.grid, (side, side))
+
+    def over_image(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        # The square's padding goes; cells are cut where the image ends within one.
+        finer = F.interpolate(cells[None, None], scale_factor=FINER, mode="bilinear")[0, 0]
+        height, width = (
+            max(1, round(side * length / max(size))) for side, length in zip(finer.shape, size[::-1], strict=True)
+        )
+        top, left = (finer.shape[0] - height) // 2, (finer.shape[1] - width) // 2
+        return finer[top : top + height, left : left + width]
+
+    def check_picture(self, prompt: Prompt, size: tuple[int, int], row: int) -> None:
+        pass  # any image becomes the same square of tokens
 
     def generation_positions(self, positions: Sequence[Tensor], length: int) -> dict[str, Any]:
         padded = positions[0].new_zeros(len(positions), length)

@@ -30,6 +30,7 @@ class BackboneAdapter(Protocol):
         alignments: where the tokens of a region can stand: "continuous" needs rotary positions of rows and columns.
         marked: the image has a token before and one after it, which regions get as well.
         deepstack_levels: how many decoder layers get features of the image added.
+        fixed_tokens: how many tokens every image takes; `None` where that follows from its size and the budget.
     """
 
     model: PreTrainedModel
@@ -39,6 +40,7 @@ class BackboneAdapter(Protocol):
     alignments: tuple[str, ...]
     marked: bool
     deepstack_levels: int
+    fixed_tokens: int | None
 
     def prompts(self, inputs: Mapping[str, Tensor]) -> list[Prompt]:
         """The rows of a processor's output, each without padding.
@@ -77,6 +79,14 @@ class BackboneAdapter(Protocol):
 
     def pixels_to_cells(self, box: Box, prompt: Prompt, size: tuple[int, int]) -> Box:
         """The cells a box of pixels touches."""
+        ...
+
+    def over_image(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        """A map of the cells `[rows, columns]` as one that covers just the source image of `size` (width, height)."""
+        ...
+
+    def check_picture(self, prompt: Prompt, size: tuple[int, int], row: int) -> None:
+        """Raise a `ValueError` if an image of `size` cannot be the one that the prompt of a row was made of."""
         ...
 
     def generation_positions(self, positions: Sequence[Tensor], length: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class QwenAdapter:
 
     alignments = ("continuous", "separate")
     marked = True
+    fixed_tokens = None
 
     def __init__(self, model: PreTrainedModel, processor: Any):
         self.model = model
@@ -59,13 +60,7 @@ class QwenAdapter:
         ]
 
     def encode(self, images: Sequence[Image], budget: tuple[int, int]) -> list[ImageTokens]:
-        encoded = [
-            self.processor.image_processor(images=[image], size=self._pixels(budget), return_tensors="pt").to(
-                self.model.device
-            )
-            for image in images
-        ]
-        return [self._features(values["pixel_values"], values["image_grid_thw"])[0] for values in encoded]
+        return [self._encoded(image, budget) for image in images]
 
     def ask(self, images: Sequence[Image], questions: Sequence[str], budget: tuple[int, int]) -> Mapping[str, Tensor]:
         texts = [
@@ -76,13 +71,21 @@ class QwenAdapter:
             )
             for question in questions
         ]
-        return self.processor(
+        inputs = self.processor(
             text=texts,
             images=list(images),
             images_kwargs={"size": self._pixels(budget)},
             text_kwargs={"padding": True, "padding_side": "left"},
             return_tensors="pt",
-        ).to(self.model.device)
+        )
+        for row, (image, grid) in enumerate(zip(images, inputs["image_grid_thw"], strict=True)):
+            tokens = int(grid.prod()) // self.merge**2
+            if tokens > budget[1]:
+                raise ValueError(
+                    f"images[{row}] has {image.width} x {image.height} pixels; so long a strip takes {tokens} visual "
+                    f"tokens at least, and {budget[1]} are allowed"
+                )
+        return inputs.to(self.model.device)
 
     def rotary(self, embeddings: Tensor, positions: Tensor) -> Rotary:
         return self.model.model.language_model.rotary_emb(embeddings, positions)
@@ -99,6 +102,19 @@ class QwenAdapter:
     def pixels_to_cells(self, box: Box, prompt: Prompt, size: tuple[int, int]) -> Box:
         return cells_touched(box, prompt.grid, size)
 
+    def over_image(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        return cells
+
+    def check_picture(self, prompt: Prompt, size: tuple[int, int], row: int) -> None:
+        (rows, columns), (width, height) = prompt.grid, size
+        # Processors round each side to whole cells, and have one at least.
+        widest, narrowest = (columns + 1) / max(rows - 1, 0.5), max(columns - 1, 0.5) / (rows + 1)
+        if not narrowest <= width / height <= widest and min(rows, columns) > 1:
+            raise ValueError(
+                f"images[{row}] has {width} x {height} pixels, which cannot be the image that inputs were made of: its "
+                f"visual tokens have {rows} rows and {columns} columns"
+            )
+
     def generation_positions(self, positions: Sequence[Tensor], length: int) -> dict[str, Any]:
         # Four axes: the first is the place in the text, which attention masks are made from.
         padded = positions[0].new_zeros(4, len(positions), length, dtype=torch.float32)
@@ -107,6 +123,23 @@ class QwenAdapter:
             padded[0, row, length - count :] = torch.arange(count, device=axes.device)
             padded[1:, row, length - count :] = axes[:, 0]
         return {"position_ids": padded}
+
+    def _encoded(self, image: Image, budget: tuple[int, int]) -> ImageTokens:
+        """One image within the budget, which the processor exceeds for strips: a side has one cell at least."""
+        least, most = budget
+        while True:
+            size = self._pixels((min(least, most), most))
+            values = self.processor.image_processor(images=[image], size=size, return_tensors="pt")
+            tokens = int(values["image_grid_thw"].prod()) // self.merge**2
+            if most == 1 and tokens > budget[1]:
+                raise ValueError(
+                    f"a region of {image.width} x {image.height} pixels takes {tokens} visual tokens at least; "
+                    f"{budget[1]} are left for it"
+                )
+            if tokens <= budget[1]:
+                values = values.to(self.model.device)
+                return self._features(values["pixel_values"], values["image_grid_thw"])[0]
+            most = max(1, min(most - 1, int(most * (budget[1] / tokens) ** 2)))
 
     def _pixels(self, budget: tuple[int, int]) -> dict[str, int]:
         least, most = (tokens * self.cell_pixels**2 for tokens in budget)
@@ -123,7 +156,10 @@ class QwenAdapter:
 
     def _features(self, pixels: Tensor, grids: Tensor) -> list[ImageTokens]:
         encoded = self.model.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
-        levels = getattr(encoded, "deepstack_features", None) or ()
+        levels = [
+            level.split([len(features) for features in encoded.pooler_output]) if isinstance(level, Tensor) else level
+            for level in getattr(encoded, "deepstack_features", None) or ()
+        ]
         return [
             ImageTokens(
                 features,
