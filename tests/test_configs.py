@@ -19,6 +19,7 @@ FIELDS = [
     for name in (f"city_{about}.yaml" for about in ("comparison", "experts", "switch_nerf"))
 ]
 GENERATION = sorted({*(CONFIGS / "generation").glob("*.yaml")} - {*ABLATIONS, *FIELDS})
+MULTIMODAL = sorted((CONFIGS / "multimodal").glob("*.yaml"))
 SIZES = ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "h_tiny", "h_small", "h_base")
 # The models that the paper of Gated-SwinRMT compares, by their parameters with 100 and with 10 classes.
 RETENTION = {
@@ -40,9 +41,16 @@ def printed_configuration(path, capsys):
     return yaml.safe_load(printed.out)
 
 
+def contains(whole, part):
+    """Whether all of `part` is in `whole`, which may say more at every level."""
+    if isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    return whole == part
+
+
 def test_no_yaml_is_left_out():
     found = {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")}
-    assert found == {*VISION, *COMPARISONS, *GENERATION, *ABLATIONS, *FIELDS}
+    assert found == {*VISION, *COMPARISONS, *GENERATION, *ABLATIONS, *FIELDS, *MULTIMODAL}
 
 
 @pytest.mark.parametrize("path", VISION, ids=lambda path: path.stem)
@@ -65,6 +73,18 @@ def test_generation_yaml_is_a_valid_configuration(path, capsys):
     assert settings["trainer"]["max_steps"] == written["trainer"]["max_steps"]
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"python -m generation fit --config configs/generation/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", MULTIMODAL, ids=lambda path: path.stem)
+def test_multimodal_yaml_is_a_valid_configuration(path, capsys):
+    """Parsed whole; models are not built, for they start from what the run before left."""
+    settings = printed_configuration(path, capsys)
+    written = yaml.safe_load(path.read_text())
+    for part in ("model", "data"):
+        assert settings[part]["class_path"] == written[part]["class_path"]
+        assert contains(settings[part]["init_args"], written[part]["init_args"])
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"python -m multimodal fit --config configs/multimodal/{path.name}" in header
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 import vision  # noqa: F401  registers the models
+from tests.generation.written_scenes import photograph, write_nerfstudio
 from vision.flops import count_macs
 from vision.gated_swin_rmt import GatedSwinRMT
 
@@ -58,6 +59,9 @@ CITY = (
     "--trainer.enable_progress_bar false --trainer.enable_model_summary false --trainer.limit_val_batches 0 "
     "--data.init_args.batch_size 64 --data.init_args.rays_per_epoch 256 --trainer.max_steps "
 )
+ASK = "python -m multimodal answer {}"
+ZOOM_FIT = "python -m multimodal fit --config configs/multimodal/{}.yaml"
+OWN_SCENE = " --data.init_args.source my_scene"
 CONVERT = "python -m generation convert-spiking runs/spiking_digits_quantized/0 --output "
 # Each command, and what is put behind it so that it ends within seconds.
 COMMANDS = {
@@ -131,6 +135,17 @@ COMMANDS = {
     LINA.format("city_hmohe"): CITY + "1",
     LINA.format("city_hmohe") + " --ckpt_path last": CITY + "2",
     LINA.format("city_single_grid"): CITY + "1",
+    LINA.format("city_proposal"): CITY + "1",
+    ASK.format("scene:7 'What is the code at red?' --show zoom.png"): AS_IT_STANDS,
+    ASK.format("photo.jpg 'What does the sign say?' --model Qwen/Qwen2.5-VL-7B-Instruct --heads my_heads"): HELP,
+    "python -m multimodal.tiny_reader.zoom_evaluation": "--scenes 5",
+    "python -m multimodal benchmark": HELP,
+    **{ZOOM_FIT.format(f"tiny_{name}"): SETTINGS for name in ("vision", "where", "reader", "stage1", "stage3")},
+    LINA.format("own_scene") + OWN_SCENE: CITY + "1",
+    LINA.format("own_scene").replace(" fit ", " validate ") + OWN_SCENE + " --ckpt_path last": (
+        "--data.init_args.validated 1 --trainer.enable_progress_bar false"
+    ),
+    "python -m generation render runs/own_scene/0 --path views --output mine.mp4": "--frames 2 --size 32x24",
     "python -m generation render runs/city_hmohe/0 --path spiral --size 160x120 --frames 12 --output spiral.mp4": (
         "--frames 2 --size 32x24"
     ),
@@ -164,6 +179,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         "assert __name__ == '__main__'\n"
         "timm.create_model(parser.parse_args().model)\n"
     )
+    write_nerfstudio(photograph(count=4), tmp_path / "my_scene")
     (tmp_path / "captions.txt").write_text("a red circle\na blue square at the center\n")
     authors = timm.create_model("vig_tiny_patch16_224")
     torch.save({"model": authors.state_dict()}, tmp_path / "vig_t_77p2acc.pth")
@@ -307,7 +323,7 @@ def mapped_files() -> set[str]:
 def test_map_names_every_file_and_nothing_else():
     mapped = mapped_files()
     assert [path for path in mapped if not (ROOT / path).exists()] == []
-    rooms = ("kernels", "vision", "generation")
+    rooms = ("kernels", "vision", "generation", "multimodal")
     sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     missing = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"} - mapped
     assert missing == set()
