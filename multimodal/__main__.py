@@ -5,6 +5,7 @@
     python -m multimodal fit --config configs/multimodal/tiny_stage1.yaml                         train the branches
     python -m multimodal validate --config configs/multimodal/tiny_stage3.yaml                    their quality
     python -m multimodal label regions --help                                                     what they learn from
+    python -m multimodal evaluate                                                                 how well it reads
     python -m multimodal benchmark                                                                speed and operations
 
 Each takes --help.
@@ -18,6 +19,7 @@ HOME_OF = {
     "fit": "multimodal.training",
     "validate": "multimodal.training",
     "label": "multimodal.q_zoom.training.commands",
+    "evaluate": "multimodal.tiny_reader.zoom_evaluation",
     "benchmark": "multimodal.q_zoom.benchmark",
 }
 INTERRUPTED = 130  # exit code, as of shells

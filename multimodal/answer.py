@@ -8,6 +8,7 @@ shipped tiny model answers: it knows drawn scenes only, `scene:SEED` being one, 
 what shape a colour is, where it is, and what the background is."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +45,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1")
     if options.show is not None and options.show.suffix.lower() != ".png":
         parser.error(f"--show is {options.show}; it must end in .png")
-    if options.show is not None and not options.show.resolve().parent.is_dir():
-        parser.error(f"--show is {options.show}; there is no folder {options.show.resolve().parent}")
+    if options.show is not None and (options.show.is_dir() or not os.access(options.show.resolve().parent, os.W_OK)):
+        parser.error(f"--show is {options.show}; no file can be written there")
     if options.heads is not None and options.model is None:
         parser.error("--heads is given without --model; the shipped model has its own")
     return options
@@ -69,14 +70,17 @@ def main(arguments: Sequence[str]) -> None:
     )
     answer = zoom.processor.tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"answer         {answer.strip()}")
-    for line in report(info, picture.size):
+    for line in report(info, picture.size, separability=options.gate == "separability"):
         print(line)
     if options.show is not None:
         from multimodal.q_zoom.pictures import show
 
         if info.heat_map is None:
             info = with_heat_map(zoom, info, picture, options.question)
-        show(picture, info, options.show, f"{options.question}  {answer.strip()}")
+        try:
+            show(picture, info, options.show, f"{options.question}  {answer.strip()}")
+        except OSError as error:
+            raise ValueError(f"--show is {options.show}; it cannot be written: {error}") from error
         print(f"picture        {options.show}")
 
 
@@ -97,17 +101,25 @@ def image_of(name: str) -> "Image":
 def load(model: str | None, heads: str | None, device: str | None) -> "QZoom":
     """The Q-Zoom asked for, on the device asked for."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from multimodal.q_zoom import QZoom
     from multimodal.tiny_reader.shipped import load_reader
 
+    disable_progress_bar()
     zoom = load_reader() if model is None else QZoom.from_pretrained(model, heads, dtype="auto")
-    return zoom.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return zoom.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {device!r}, which cannot be used: {error}") from error
 
 
-def report(info: "ZoomInfo", size: tuple[int, int]) -> list[str]:
-    """What was done, in lines."""
+def report(info: "ZoomInfo", size: tuple[int, int], *, separability: bool = False) -> list[str]:
+    """What was done, in lines; with `separability` the gate was that of the answer itself."""
     gate = "not asked" if info.gate_probability is None else f"{info.gate_probability:.3f}"
+    if info.gate_probability is not None and separability:
+        gate = f"the answer's tokens stand out by {gate} (looks closer below the threshold)"
     boxes = [f"left {left}, top {top}, right {right}, bottom {bottom}" for left, top, right, bottom in info.boxes]
     tokens = f"{info.visual_tokens} ({info.source_tokens} of the whole image, {info.region_tokens} of the closer look)"
     share = f"{info.full_tokens} at full resolution, {info.full_tokens / info.visual_tokens:.1f} times as many"

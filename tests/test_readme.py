@@ -138,7 +138,7 @@ COMMANDS = {
     LINA.format("city_proposal"): CITY + "1",
     ASK.format("scene:7 'What is the code at red?' --show zoom.png"): AS_IT_STANDS,
     ASK.format("photo.jpg 'What does the sign say?' --model Qwen/Qwen2.5-VL-7B-Instruct --heads my_heads"): HELP,
-    "python -m multimodal.tiny_reader.zoom_evaluation": "--scenes 5",
+    "python -m multimodal evaluate": "--scenes 5",
     "python -m multimodal benchmark": HELP,
     **{ZOOM_FIT.format(f"tiny_{name}"): SETTINGS for name in ("vision", "where", "reader", "stage1", "stage3")},
     LINA.format("own_scene") + OWN_SCENE: CITY + "1",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
-from multimodal.q_zoom.configuration import PRESETS, QZoomConfig
+from multimodal.q_zoom.configuration import CONFIGURATION_FILE, PRESETS, QZoomConfig
 
 if TYPE_CHECKING:
     from multimodal.q_zoom.model import QZoom
@@ -30,19 +30,25 @@ SUFFIX = {"tap_layer": "twig_K", "proposal_depth": "twig_T"}
 
 
 def save(zoom: "QZoom", folder: str | Path, *, official_keys: bool) -> None:
-    """Write a Q-Zoom's branches and settings into `folder`, whole or not at all."""
-    folder = Path(folder).resolve()
+    """Write a Q-Zoom's branches and settings into `folder`, each file whole or not at all; other files there stay.
+
+    Raises:
+        ValueError: `folder` is empty, or a file.
+    """
+    if not str(folder).strip():
+        raise ValueError(f"folder is {str(folder)!r}; it must be the path of a folder")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder is {str(folder)!r}; there is a file of that name")
     weights = official_weights(zoom) if official_keys else own_weights(zoom)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir(mode=0o755)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        new = Path(scratch)
         save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, new / HEADS_FILE)
-        os.chmod(new / HEADS_FILE, 0o644)
         zoom.config.save(new)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "replaced")
-        os.replace(new, folder)
+        for name in (HEADS_FILE, CONFIGURATION_FILE):
+            os.chmod(new / name, 0o644)
+            os.replace(new / name, folder / name)
 
 
 def load(

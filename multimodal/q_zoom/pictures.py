@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from multimodal.q_zoom.model import ZoomInfo
 
 BOX_COLOUR = (255, 60, 60)
-LEAST_SIDE = 480  # pixels of a small image when shown
+LEAST_SIDE, MOST_SIDE = 480, 2000  # pixels of an image when shown
 
 
 def heat_overlay(picture: Image.Image, heat_map: np.ndarray, strength: float = 0.6) -> Image.Image:
@@ -36,7 +36,9 @@ def with_boxes(picture: Image.Image, info: ZoomInfo, scale: float) -> Image.Imag
 
 def zoom_picture(picture: Image.Image, info: ZoomInfo) -> Image.Image:
     """The image with its boxes, beside it the heat map, and what the closer look saw."""
-    scale = max(1.0, LEAST_SIDE / min(picture.size))
+    scale = max(1.0, min(LEAST_SIDE / min(picture.size), MOST_SIDE / max(picture.size)))
+    if max(picture.size) > MOST_SIDE:
+        scale = MOST_SIDE / max(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
     large = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     parts = [with_boxes(large, info, scale)]
@@ -44,7 +46,10 @@ def zoom_picture(picture: Image.Image, info: ZoomInfo) -> Image.Image:
         parts.append(with_boxes(heat_overlay(large, info.heat_map.float().cpu().numpy()), info, scale))
     for box in info.boxes:
         crop = picture.crop(box)
-        parts.append(crop.resize((round(crop.width * size[1] / crop.height), size[1]), Image.Resampling.BICUBIC))
+        fit = min(size[1] / crop.height, MOST_SIDE / crop.width)
+        parts.append(
+            crop.resize((max(1, round(crop.width * fit)), max(1, round(crop.height * fit))), Image.Resampling.BICUBIC)
+        )
     gap = 8
     sheet = Image.new("RGB", (sum(part.width for part in parts) + gap * (len(parts) - 1), size[1]), "white")
     left = 0

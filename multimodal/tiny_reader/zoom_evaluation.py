@@ -1,6 +1,6 @@
 """How well Q-Zoom works around the tiny reader: scores over scenes that nothing was trained with.
 
-    python -m multimodal.tiny_reader.zoom_evaluation [folder] [--scenes 1000]
+    python -m multimodal evaluate [folder] [--scenes 1000]
 
 Every scene is asked one question, kinds in turn. Codes in small print need a closer look; all other questions can be
 answered without.
@@ -40,11 +40,11 @@ def small_print(scene: Scene, question: Question) -> bool:
 def zoom_scores(zoom: QZoom, pairs: Sequence[tuple[Scene, Question]]) -> dict[str, float]:
     """Shares and means over questions.
 
-    "small_*" and "big_*" are shares of codes read right in small and in big print: "coarse" without a closer look,
-    "zoom" with Q-Zoom deciding, "oracle" looking at the right cell of the coarse view and its neighbours, of small
-    print only. "easy_coarse" and "easy_zoom" are the answers to everything but small codes. "box" is the share of
-    proposals for small codes that hold the code's whole plate, "gate" how often the gate decides as the print has it,
-    "easy_opened" how often it opens for what is not in small print, "visual_tokens" the mean of Q-Zoom.
+    "small", "big" and "easy" are codes in small and in big print, and all other questions: how often they are answered
+    right "coarse", without a closer look, by "zoom", Q-Zoom deciding, and by "oracle", with a look at the right cell of
+    the coarse view and its neighbours. "box" is the share of proposals for small codes that hold the code's whole
+    plate, "gate" how often the gate decides as the print has it, "easy_opened" how often it opens for what is not in
+    small print, big codes among it, "visual_tokens" the mean of Q-Zoom, "full_tokens" that of the pictures unreduced.
     """
     counts: dict[str, list[float]] = {}
 
@@ -97,7 +97,7 @@ def holds(box: Sequence[int], plate: Sequence[int]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m multimodal.tiny_reader.zoom_evaluation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m multimodal evaluate", description=__doc__)
     parser.add_argument("folder", nargs="?", default=READER, help="of the model (default: the shipped one)")
     parser.add_argument("--heads", help="folder of the branches (default: that of the model)")
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes (default: %(default)s)")

@@ -176,13 +176,21 @@ def test_files_that_cannot_be_read_are_named(case, tmp_path):
         QZoom.from_pretrained(str(tmp_path / "base"), heads=str(tmp_path / "heads"))
 
 
-def test_saving_replaces_a_folder_whole(tmp_path):
+def test_saving_leaves_other_files_alone(tmp_path, monkeypatch):
     zoom = random_zoom("qwen2_5_vl")
     zoom.save_pretrained(tmp_path / "heads")
-    (tmp_path / "heads" / "left.txt").write_text("from before")
+    (tmp_path / "heads" / "mine.txt").write_text("mine")
     changed(zoom, 0.01).save_pretrained(tmp_path / "heads")
-    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["q_zoom.json", HEADS_FILE]
-    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["mine.txt", "q_zoom.json", HEADS_FILE]
+    saved = load_file(tmp_path / "heads" / HEADS_FILE)
+    assert all(saved[name].equal(weight) for name, weight in own_weights(zoom).items())
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("file", "", " "):
+        with pytest.raises(ValueError, match=r"^folder is"):
+            zoom.save_pretrained(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "heads"]
 
 
 def test_llavas_scores_are_the_official_formulas():

@@ -262,7 +262,12 @@ def test_folders_give_back_what_was_written(tmp_path, scenes):
         ('{"image": "a.png", "question": " "}', "question is ' '"),
         ('{"image": "a.png", "question": "q", "answer": 3}', "answer is 3"),
         ('{"image": "a.png", "question": "q", "tokens": 0}', "tokens is 0"),
-        ('{"image": "a.png", "question": "q", "box": [1, 2, 3]}', "box is"),
+        ('{"image": "a.png", "question": "q", "box": [1, 2, 3]}', "box of sample 'q' is"),
+        ('{"image": "a.png", "question": "q", "box": [1, 2, NaN, 4]}', "line 2: box of sample 'q' is .*nan"),
+        ('{"image": "a.png", "question": "q", "box": [1, 2, Infinity, 4]}', "box of sample 'q' is .*inf"),
+        ('{"image": "a.png", "question": "q", "box": [1, 2, 1, 4]}', "right beyond left"),
+        ('{"image": "a.png", "question": "q", "box": [1, 4, 3, 2]}', "bottom below top"),
+        ('{"image": "a.png", "question": "q", "box": [0, 0, 1e-200, 1e-200]}', "box of sample 'q'"),
         ('{"image": "a.png", "question": "q", "zoom": 2}', "zoom is 2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 from multimodal.q_zoom import QZoom
 from multimodal.q_zoom.training.loading import load_zoom
 from multimodal.q_zoom.training.prompts import answer_ids, prompts_of
+from multimodal.q_zoom.training.sample_data import FolderData
 from multimodal.q_zoom.training.samples import ZoomSample, write_samples
-from multimodal.q_zoom.training.stages import GateTraining, RegionProposalTraining
+from multimodal.q_zoom.training.stages import GateTraining, RegionProposalTraining, region_scores
 from multimodal.q_zoom.training.targeted_tuning import TargetedTuning, random_box
 from multimodal.tiny_reader.model import TinyReaderConfig, TinyReaderForConditionalGeneration
 from multimodal.tiny_reader.processing import WORDS, build_processor
@@ -106,9 +108,9 @@ def test_a_stage_gives_gradients_to_what_it_trains_and_to_nothing_else(backbone,
     for name, parameter in module.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if parameter.requires_grad:
-            assert (
-                any(part in name for part in trained) or name == "zoom.model.model.language_model.embed_tokens.weight"
-            )
+            # The reader's embeddings are its head as well.
+            tied = stage == "tuning" and name == "zoom.model.model.language_model.embed_tokens.weight"
+            assert tied or any(part in name for part in trained)
     assert not any(p.requires_grad for p in module.zoom.model.model.visual.parameters())
 
 
@@ -135,6 +137,57 @@ def test_remembered_rows_give_the_same_loss_and_are_read_once(backbone, samples,
         monkeypatch.setattr(
             remembering.zoom.adapter, "prompts", lambda inputs: pytest.fail("the frozen layers ran again")
         )
+
+
+@pytest.mark.parametrize("stage", ["proposal", "gate"])
+@pytest.mark.parametrize(("in_memory", "workers"), [(False, 0), (True, 1), (True, 0)])
+def test_only_samples_that_stay_are_remembered(backbone, folder, stage, in_memory, workers):
+    """Others are new objects in every epoch, and what is kept of them would grow."""
+    module = STAGES[stage](backbone, None, SETTINGS, remember=True)
+    data = FolderData(folder, folder, in_memory, batch_size=4, num_workers=workers)
+    if data.keeps_samples:
+        quiet_trainer().validate(module, datamodule=data, verbose=False)
+        assert len(module.rows._made) == 12
+        return
+    with pytest.raises(ValueError, match="remember is True, but FolderData"):
+        quiet_trainer().validate(module, datamodule=data, verbose=False)
+    module.remember = False
+    module.setup("validate")
+
+
+def quiet_trainer() -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(accelerator="cpu", devices=1, **quiet)
+
+
+def test_measures_of_boxes_are_means_over_samples_that_have_one(backbone, samples, tmp_path):
+    module = RegionProposalTraining(backbone, None, {**SETTINGS, "region_threshold": 0.5})
+    with torch.no_grad():
+        maps = module._maps(samples[:8])
+    boxed = (0, 3, 4, 5)  # one, three and none of a batch
+    mixed = [sample if index in boxed else sample.replace(box=None) for index, sample in enumerate(samples[:8])]
+    write_samples(tmp_path / "mixed", mixed)
+    quiet, asked = quiet_trainer(), str(tmp_path / "mixed")
+    quiet.validate(module, datamodule=FolderData(asked, asked, evaluation_batch_size=3), verbose=False)
+    each = [region_scores(module.zoom, mixed[index], maps[index]) for index in boxed]
+    for name in ("hit", "inside", "area"):
+        expected = sum(one[name] for one in each) / 4
+        assert float(quiet.callback_metrics[f"val/{name}"]) == pytest.approx(expected, rel=1e-4), name
+    assert len({one["inside"] for one in each}) > 1
+
+
+@pytest.mark.parametrize("stage", [*STAGES])
+def test_every_validation_batch_logs_the_same(backbone, samples, stage, monkeypatch):
+    """Processes wait for each other at every name that is logged."""
+    module, logged = STAGES[stage](backbone, None, SETTINGS), []
+    monkeypatch.setattr(module, "log", lambda name, value, **options: logged.append((name, options["batch_size"])))
+    named = []
+    for batch in (samples[:2], [samples[0].replace(box=None)], []):
+        logged.clear()
+        module.validation_step(batch, 0)
+        named.append([name for name, _ in logged])
+        assert ("val/loss", len(batch)) in logged
+    assert named[0] == named[1] == named[2] == [f"val/{name}" for name in module.measures]
 
 
 def test_a_layer_that_gate_and_proposal_share_stays_with_the_proposal(backbone, samples):
@@ -273,12 +326,12 @@ def test_training_lowers_the_loss_and_branches_go_on_into_the_next_stage(backbon
         module.loss(samples).backward()
         optimizer.step()
     after = module.scores(samples)
-    assert after["loss"] < 0.3 * before["loss"]
-    assert after["hit"] > before["hit"]
-    assert after["labelled"] == 1
+    assert after["loss"].value < 0.3 * before["loss"].value
+    assert after["hit"].value > before["hit"].value
+    assert after["labelled"] == (1, len(samples))
     module.zoom.save_pretrained(str(tmp_path / "heads"))
     again = RegionProposalTraining(backbone, str(tmp_path / "heads"))
-    torch.testing.assert_close(again.scores(samples)["loss"], after["loss"])
+    torch.testing.assert_close(again.scores(samples)["loss"].value, after["loss"].value)
     assert GateTraining(backbone, str(tmp_path / "heads")).zoom.config == module.zoom.config
 
 

@@ -21,13 +21,13 @@ def zoom():
 def read(zoom):
     """Scores of the model alone."""
     with torch.inference_mode():
-        return question_scores(zoom.model, [draw_scene(HELD_OUT_SEED + index) for index in range(100)])
+        return question_scores(zoom.model, [draw_scene(HELD_OUT_SEED + index) for index in range(40)])
 
 
 @pytest.fixture(scope="module")
 def zoomed(zoom):
     """Scores of Q-Zoom."""
-    return zoom_scores(zoom, questions_to_ask(200))
+    return zoom_scores(zoom, questions_to_ask(100))
 
 
 @pytest.mark.parametrize(

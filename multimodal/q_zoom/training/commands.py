@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from multimodal.q_zoom.pseudo_labels import POINTING_HEADS, PointingHeads
 from multimodal.q_zoom.routing_labels import Match
 from multimodal.q_zoom.training.gate_labels import label_by_region, label_by_resolution, mine_harmed
-from multimodal.q_zoom.training.loading import load_zoom
+from multimodal.q_zoom.training.loading import load_to_answer, load_zoom
 from multimodal.q_zoom.training.official_records import gate_samples, region_samples
 from multimodal.q_zoom.training.region_labels import choose_heads, natural_request, with_attention
 from multimodal.q_zoom.training.samples import SampleFolder, check_new, write_samples
@@ -30,6 +30,7 @@ def regions(
     out: str,
     pointing: str | None = None,
     mode: Literal["textual", "natural"] = "textual",
+    system: str | None = None,
     head_samples: int = 128,
     head_count: int = 3,
     count_prompt: bool = False,
@@ -46,12 +47,15 @@ def regions(
         out: folder to write, which must not be there yet.
         pointing: name of a published model whose heads are taken; otherwise heads are chosen by the boxes of samples.
         mode: "natural" asks for boxes instead of the answer, for photographs, and takes the heads found with that.
+        system: text of a system message before every question (see natural_request for the published one); by default
+            what the model's chat format has.
         head_samples: samples with a box that heads are chosen by.
         head_count: how many are chosen.
         count_prompt: the step of the prompt's last token counts as well.
         batch_size: samples answered at a time.
         max_new_tokens: of an answer.
-        settings: of QZoomConfig or a preset's name, for the budget of tokens of samples that have none.
+        settings: of QZoomConfig or a preset's name, for the budget of tokens of samples that have none; by default
+            256 to 576, or what the model takes of every image.
         options: of the model's from_pretrained.
     """
     check_new(out)
@@ -59,11 +63,9 @@ def regions(
     if pointing is not None and (pointing not in POINTING_HEADS or mode not in POINTING_HEADS[pointing]):
         known = ", ".join(f"{name} ({', '.join(modes)})" for name, modes in POINTING_HEADS.items())
         raise ValueError(f"pointing is {pointing!r} and mode {mode!r}; published heads are of {known}")
-    zoom = load_zoom(
-        backbone, None, settings or {"tap_layer": 1, "proposal_depth": 1, "gate_depth": 1}, **options or {}
-    )
+    zoom = load_to_answer(backbone, settings, **options or {})
     recording = {"count_prompt": count_prompt, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    recording["request"] = natural_request if mode == "natural" else None
+    recording |= {"request": natural_request if mode == "natural" else None, "system": system}
     if pointing is None:
         boxed = [sample for sample in asked if sample.box is not None][:head_samples]
         chosen = choose_heads(zoom, boxed, head_count, **recording)
@@ -109,11 +111,11 @@ def gate(
     """
     check_new(out)
     asked, answering = list(SampleFolder(samples)), {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    fitting = settings or ({"tap_layer": 1, "proposal_depth": 1, "gate_depth": 1} if heads is None else None)
-    zoom = load_zoom(backbone, heads, fitting, **options or {})
     if heads is None:
+        zoom = load_to_answer(backbone, settings, **options or {})
         made = label_by_resolution(zoom, asked, list(resolutions), match=match, seed=seed, **answering)
     else:
+        zoom = load_zoom(backbone, heads, settings, **options or {})
         made = label_by_region(zoom, asked, match=match, seed=seed, **answering)
     print(f"questions by kind: {dict(made.kinds)}")
     write_samples(out, made.samples)

@@ -1,10 +1,14 @@
 """From samples to prompts, and to the answers that follow them in training."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from multimodal.q_zoom.adapters import BackboneAdapter
 from multimodal.q_zoom.model import QZoom
@@ -12,11 +16,59 @@ from multimodal.q_zoom.prompt import Prompt
 from multimodal.q_zoom.training.samples import ZoomSample
 
 
+class SystemMessage:
+    """A processor whose chats begin with a system message of `text`; otherwise it is `processor`."""
+
+    def __init__(self, processor: Any, text: str) -> None:
+        self.processor, self.text = processor, text
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.processor(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        message = {"role": "system", "content": [{"type": "text", "text": self.text}]}
+        return self.processor.apply_chat_template([message, *conversation], **options)
+
+
+def told(zoom: QZoom, system: str) -> QZoom:
+    """The same Q-Zoom, all weights shared, that puts a system message before every question.
+
+    Raises:
+        ValueError: `system` is no text, or empty.
+    """
+    if not isinstance(system, str) or not system.strip():
+        raise ValueError(f"system is {system!r}; it must be a text that is not empty, or None")
+    zoom = copy.copy(zoom)
+    zoom.adapter = copy.copy(zoom.adapter)
+    zoom.adapter.processor = SystemMessage(zoom.adapter.processor, system)
+    return zoom
+
+
 def inputs_of(zoom: QZoom, samples: Sequence[ZoomSample], tokens: int | None) -> Mapping[str, Tensor]:
-    """The processor's output for samples shown at the same budget, `None` for the configuration's."""
-    pictures = [sample.picture() for sample in samples]
+    """The processor's output for samples shown at the same budget, `None` for the configuration's.
+
+    Processors choose rows and columns by the budget, and where it is one number it can be others than where it is a
+    range; images that have a grid of their own (see `ZoomSample.grid`) are resized to it first where
+    it would be another, and the processor leaves them so.
+    """
+    pictures = [on_grid(zoom.adapter, sample) for sample in samples]
     questions = [sample.question for sample in samples]
     return zoom.ask(pictures, questions) if tokens is None else zoom.adapter.ask(pictures, questions, (tokens, tokens))
+
+
+def on_grid(adapter: BackboneAdapter, sample: ZoomSample) -> Image.Image:
+    """The sample's image as the processor is to get it."""
+    picture, grid = sample.picture(), sample.grid()
+    if grid is None or adapter.fixed_tokens is not None:
+        return picture
+    cell = adapter.cell_pixels
+    height, width, budget = grid[0] * cell, grid[1] * cell, grid[0] * grid[1] * cell**2
+    if smart_resize(picture.height, picture.width, cell, budget, budget) == (height, width):
+        return picture  # the processor brings it there itself
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def by_budget(samples: Sequence[ZoomSample]) -> dict[int | None, list[int]]:

@@ -17,7 +17,7 @@ from multimodal.q_zoom.adapters.protocol import image_run
 from multimodal.q_zoom.model import QZoom
 from multimodal.q_zoom.pseudo_labels import PointingHeads, attention_map
 from multimodal.q_zoom.regions import cells_touched
-from multimodal.q_zoom.training.prompts import by_budget, inputs_of
+from multimodal.q_zoom.training.prompts import by_budget, inputs_of, told
 from multimodal.q_zoom.training.samples import ZoomSample
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -90,6 +90,7 @@ def answer_and_record(
     layers: Sequence[int],
     *,
     request: Request | None = None,
+    system: str | None = None,
     max_new_tokens: int = 128,
 ) -> list[Answered]:
     """Greedy answers of the backbone, with the attention of some layers while their tokens were read.
@@ -98,12 +99,15 @@ def answer_and_record(
         samples: shown at the same budget of tokens.
         layers: whose attention is kept.
         request: what is asked instead of a sample's question, given that.
+        system: text of a system message before it; `None` leaves that to the model's chat format.
         max_new_tokens: of an answer.
 
     Raises:
-        ValueError: a layer does not exist.
+        ValueError: a layer does not exist, or `system` is empty.
     """
     adapter = zoom.adapter
+    if system is not None:
+        zoom = told(zoom, system)
     for layer in layers:
         check_whole("layers", layer, 0, len(adapter.decoder.layers) - 1)
     asked = samples if request is None else [sample.replace(question=request(sample.question)) for sample in samples]
@@ -127,7 +131,13 @@ def answer_and_record(
 
 
 def natural_request(question: str) -> str:
-    """What is asked of a photograph instead of `question`: boxes, as published."""
+    """What is asked of a photograph instead of `question`: boxes, in the published words.
+
+    The authors' code for labels is not public. Their description has the request follow the question, as here (in the
+    place of a request for a short answer, if there is one), and optionally puts a system message first, "You are a
+    helpful assistant.", which is not part of this text: give it as the `system` of `with_attention` and of
+    `choose_heads`. The chat format of Qwen2.5-VL has it anyway, that of Qwen3-VL has not.
+    """
     if SHORT_ANSWER in question:
         return question.replace(SHORT_ANSWER, BOX_REQUEST).strip()
     return f"{question.strip()} {BOX_REQUEST}"
@@ -157,6 +167,7 @@ def choose_heads(
     least: float = 0.75,
     count_prompt: bool = False,
     request: Request | None = None,
+    system: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 128,
 ) -> ChosenHeads:
@@ -167,7 +178,7 @@ def choose_heads(
         count: how many heads at most.
         least: a head is left out that points at the box less often than the best one times this, in [0, 1].
         count_prompt: as of `map_of`.
-        request: as of `answer_and_record`.
+        request, system: as of `answer_and_record`.
         batch_size: samples answered at a time.
 
     Raises:
@@ -177,9 +188,10 @@ def choose_heads(
     check_real("least", least, 0, 1)
     if not samples or any(sample.box is None for sample in samples):
         raise ValueError("samples must be some, with a box each, by which heads are chosen")
+    asking = {"request": request, "system": system, "max_new_tokens": max_new_tokens}
     hits, counted = 0, 0
     for chunk in chunks(samples, batch_size):
-        answers = answer_and_record(zoom, chunk, layers, request=request, max_new_tokens=max_new_tokens)
+        answers = answer_and_record(zoom, chunk, layers, **asking)
         for sample, answered in zip(chunk, answers, strict=True):
             size = sample.picture().size
             box = cells_touched(sample.box, answered.grid, size)
@@ -211,34 +223,38 @@ def with_attention(
     *,
     count_prompt: bool = False,
     request: Request | None = None,
+    system: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 128,
 ) -> list[ZoomSample]:
     """Samples with the backbone's attention; those whose answer has no token that was read are left out.
 
-    An answer that is not known becomes the backbone's own. Budgets become the number of tokens seen, so that training
-    shows every image on the grid of its labels.
+    An answer that is not known becomes the backbone's own. Budgets become the number of tokens seen, so that training,
+    whatever its settings, shows every image on the rows and columns of its labels (see `ZoomSample.grid`).
 
     Args:
         heads: those that point at the answer and those that show sinks.
         count_prompt: as of `map_of`.
-        request: as of `answer_and_record`.
+        request, system: as of `answer_and_record`.
         batch_size: samples answered at a time.
         max_new_tokens: of an answer.
     """
+    asking = {"request": request, "system": system, "max_new_tokens": max_new_tokens}
     layers = sorted({*heads.grounding, *heads.sink})
     done: dict[int, ZoomSample] = {}
     for budget in by_budget(samples).values():
         for chunk in chunks(budget, batch_size):
             some = [samples[index] for index in chunk]
-            answers = answer_and_record(zoom, some, layers, request=request, max_new_tokens=max_new_tokens)
+            answers = answer_and_record(zoom, some, layers, **asking)
             for index, sample, answered in zip(chunk, some, answers, strict=True):
                 grounding = map_of(answered, heads.grounding, count_prompt=count_prompt)
                 if grounding is not None:
                     sink = map_of(answered, heads.sink, count_prompt=count_prompt)
-                    tokens = sample.tokens or answered.grid[0] * answered.grid[1]
                     done[index] = sample.replace(
-                        grounding=grounding, sink=sink, tokens=tokens, answer=sample.answer or answered.text
+                        grounding=grounding,
+                        sink=sink,
+                        tokens=answered.grid[0] * answered.grid[1],
+                        answer=sample.answer or answered.text,
                     )
     return [done[index] for index in sorted(done)]
 

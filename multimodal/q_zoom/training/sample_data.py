@@ -81,6 +81,11 @@ class ZoomData(pl.LightningDataModule):
         self.seed = check_whole("seed", seed, 0)
         self._resumed_step = 0
 
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether every epoch has the same objects as samples; what other processes read is new each time."""
+        return self.num_workers == 0
+
     @abstractmethod
     def samples(self, *, validation: bool) -> Sequence[ZoomSample]:
         """Samples to train with, or to validate with, of which there may be none."""
@@ -143,7 +148,8 @@ class FolderData(ZoomData):
     Args:
         folder: to train with.
         validation_folder: to validate with; `None` for none.
-        in_memory: read all attention at the beginning and keep the same samples through all epochs.
+        in_memory: read all attention at the beginning and keep the same samples through all epochs (with `num_workers`
+            above 0 each epoch gets copies of them).
         batch_size, evaluation_batch_size, num_workers, seed: see `ZoomData`.
 
     Raises:
@@ -163,6 +169,11 @@ class FolderData(ZoomData):
         super().__init__(batch_size, evaluation_batch_size, num_workers, seed)
         sets = [SampleFolder(folder), [] if validation_folder is None else SampleFolder(validation_folder)]
         self.training, self.validation = map(list, sets) if in_memory else sets
+        self.in_memory = in_memory
+
+    @property
+    def keeps_samples(self) -> bool:
+        return super().keeps_samples and self.in_memory
 
     def samples(self, *, validation: bool) -> Sequence[ZoomSample]:
         return self.validation if validation else self.training

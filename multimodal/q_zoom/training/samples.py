@@ -7,10 +7,12 @@ relative to the folder or absolute), and `maps.safetensors` with the attention o
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,11 @@ class ZoomSample:
         image: a PIL image or the path of one.
         question: as the model is asked.
         answer: the right one; "" if it is not known.
-        tokens: so many visual tokens the image is shown at; `None` for the configuration's budget.
+        tokens: so many visual tokens the image is shown at; `None` for the configuration's budget. If `grounding` has
+            as many cells, the image is shown on just its rows and columns.
         square: the image is shown in a grey square.
-        box: left, top, right, bottom of what the question is about, in pixels of the image as it is shown, or `None`.
+        box: left, top, right, bottom of what the question is about, in pixels of the image as it is shown, finite
+            and with an area, or `None`.
         zoom: whether the gate shall open, 1 or 0; `None` if not known.
         grounding: `[rows, columns]`, attention of the answer to the image, for the region proposal's labels.
         sink: `[rows, columns]`, attention that shows sinks.
@@ -66,8 +70,11 @@ class ZoomSample:
             raise ValueError(f"answer is {self.answer!r}; it must be a text")
         if self.tokens is not None:
             check_whole("tokens", self.tokens, 1)
-        if self.box is not None and (len(self.box) != 4 or not all(isinstance(x, int | float) for x in self.box)):
-            raise ValueError(f"box is {self.box!r}; it must be left, top, right, bottom in pixels")
+        if self.box is not None and not has_area(self.box):
+            raise ValueError(
+                f"box of sample {self.question!r} is {self.box!r}; it must be left, top, right, bottom in pixels, four "
+                "finite numbers, right beyond left and bottom below top"
+            )
         check_choice("zoom", self.zoom, (None, 0, 1))
         check_choice("square", self.square, (False, True))
 
@@ -76,9 +83,23 @@ class ZoomSample:
         picture = opened(self.image)
         return ImageOps.pad(picture, (max(picture.size),) * 2, color=GREY) if self.square else picture
 
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns that the image is to be shown on, where attention of as many cells tells."""
+        if self.grounding is None or self.grounding.dim() != 2 or self.grounding.numel() != self.tokens:
+            return None
+        return tuple(self.grounding.shape)
+
     def replace(self, **changes: Any) -> "ZoomSample":
         """The sample with other fields."""
         return dataclasses.replace(self, **changes)
+
+
+def has_area(box: Sequence[Any]) -> bool:
+    """Whether `box` is left, top, right, bottom, finite, with an area."""
+    if len(box) != 4 or not all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in box):
+        return False
+    width, height = box[2] - box[0], box[3] - box[1]
+    return min(width, height) > 0 and 0 < width * height < math.inf
 
 
 class SampleFolder(Sequence[ZoomSample]):

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -30,9 +30,17 @@ from multimodal.q_zoom.regions import cells_touched, find_regions
 from multimodal.q_zoom.training.loading import load_zoom
 from multimodal.q_zoom.training.padded_rows import TapRow, gate_logits, score_maps, tap_rows
 from multimodal.q_zoom.training.prompts import prompts_of
+from multimodal.q_zoom.training.sample_data import ZoomData
 from multimodal.q_zoom.training.samples import ZoomSample
 
 SEED_STRIDE = 0x7F4A7C15
+
+
+class Mean(NamedTuple):
+    """A mean over samples of a batch, and over how many."""
+
+    value: float
+    count: int
 
 
 class ZoomStage(pl.LightningModule):
@@ -49,9 +57,13 @@ class ZoomStage(pl.LightningModule):
         options: of the model's `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: an argument is out of range, or the model cannot be made (see `load_zoom`).
+        ValueError: an argument is out of range, or the model cannot be made (see `load_zoom`); when a run begins, the
+            data do not keep the samples that are to be remembered.
         RuntimeError: the loss is not finite.
     """
+
+    measures: tuple[str, ...] = ("loss",)  # of `scores`: processes must log the same, whatever their samples tell
+    remember = False
 
     def __init__(
         self,
@@ -88,8 +100,16 @@ class ZoomStage(pl.LightningModule):
         """The loss of a batch, of what chance there is in it drawn from `generator`."""
 
     @abstractmethod
-    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, float]:
-        """Measures of a validation batch, as means over its samples, "loss" among them."""
+    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, Mean]:
+        """The `measures` of a validation batch, but those that none of its samples tells."""
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if self.remember and isinstance(data, ZoomData) and not data.keeps_samples:
+            raise ValueError(
+                f"remember is True, but {type(data).__name__} makes new samples of every epoch, by which what is kept "
+                "would grow without end; set the data's in_memory to true and num_workers to 0, or remember to false"
+            )
 
     def training_step(self, batch: Sequence[ZoomSample], batch_index: int) -> Tensor:
         accumulated = self.trainer.accumulate_grad_batches
@@ -104,10 +124,10 @@ class ZoomStage(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Sequence[ZoomSample], batch_index: int) -> None:
-        if not batch:  # the last batch may leave a process without
-            return
-        scores = {f"val/{name}": value for name, value in self.scores(batch).items()}
-        self.log_dict(scores, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        scores = self.scores(batch) if batch else {}  # the last batch may leave a process without
+        for name in self.measures:
+            value, count = scores.get(name, Mean(0.0, 0))
+            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True, batch_size=count)
 
     def on_validation_end(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -199,8 +219,11 @@ class RegionProposalTraining(ZoomStage):
         backbone, heads, settings, options: see `ZoomStage`.
         rules: how attention becomes labels.
         learning_rate, warmup, betas, weight_decay: see `ZoomStage`; the defaults are the published ones.
-        remember: keep labels and what the frozen layers make of every sample; for samples that stay in memory.
+        remember: keep labels and what the frozen layers make of every sample; for data that keep their samples in
+            memory (see `ZoomData.keeps_samples`).
     """
+
+    measures = ("loss", "labelled", "hit", "inside", "area")
 
     def __init__(
         self,
@@ -216,6 +239,7 @@ class RegionProposalTraining(ZoomStage):
         options: dict[str, Any] | None = None,
     ):
         super().__init__(backbone, heads, settings, learning_rate, warmup, betas, weight_decay, options)
+        self.remember = remember
         self.rows = SampleMemory(partial(rows_of, self.zoom), remember)
         self.labels = SampleMemory(lambda samples: [labels_of(sample, rules) for sample in samples], remember)
 
@@ -226,16 +250,20 @@ class RegionProposalTraining(ZoomStage):
         return region_loss(self._maps(samples), self.labels.of(samples))
 
     @torch.no_grad()
-    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, float]:
+    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, Mean]:
         """The loss; "labelled", the share of samples that teach anything; and of those whose box is known: "hit", the
-        highest cell is in it, "inside", how much of it the proposed regions hold, "area", their share of the image."""
+        highest cell is in it, "inside", how much of it the proposed regions hold, "area", their share of the image.
+
+        Where no box is known at all, validation logs the latter three as not a number.
+        """
         maps, labels = self._maps(samples), self.labels.of(samples)
         taught = [float((cells != IGNORED).any()) for cells in labels]
-        scores = {"loss": float(region_loss(maps, labels)), "labelled": sum(taught) / len(taught)}
+        count = len(samples)
+        scores = {"loss": Mean(float(region_loss(maps, labels)), count), "labelled": Mean(sum(taught) / count, count)}
         known = [(sample, cells) for sample, cells in zip(samples, maps, strict=True) if sample.box is not None]
         if known:
             found = [region_scores(self.zoom, sample, cells) for sample, cells in known]
-            scores |= {name: sum(score[name] for score in found) / len(found) for name in found[0]}
+            scores |= {name: Mean(sum(one[name] for one in found) / len(found), len(found)) for name in found[0]}
         return scores
 
     def _maps(self, samples: Sequence[ZoomSample]) -> list[Tensor]:
@@ -253,6 +281,8 @@ class GateTraining(ZoomStage):
         remember: as of `RegionProposalTraining`.
     """
 
+    measures = ("loss", "accuracy", "opened")
+
     def __init__(
         self,
         backbone: str,
@@ -266,6 +296,7 @@ class GateTraining(ZoomStage):
         options: dict[str, Any] | None = None,
     ):
         super().__init__(backbone, heads, settings, learning_rate, warmup, betas, weight_decay, options)
+        self.remember = remember
         self.rows = SampleMemory(partial(rows_of, self.zoom), remember)
 
     def trained(self) -> list[nn.Module]:
@@ -276,17 +307,14 @@ class GateTraining(ZoomStage):
         return gate_loss(self._logits(samples), samples)
 
     @torch.no_grad()
-    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, float]:
+    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, Mean]:
         """The loss, "accuracy" at a probability of 0.5, and "opened", the share that is looked at closely at the
         configuration's threshold."""
         logits = self._logits(samples)
         right = (logits >= 0) == zoom_targets(samples, logits).bool()
         opened_at = logits.sigmoid() >= self.zoom.config.gate_threshold
-        return {
-            "loss": float(gate_loss(logits, samples)),
-            "accuracy": float(right.float().mean()),
-            "opened": float(opened_at.float().mean()),
-        }
+        means = (gate_loss(logits, samples), right.float().mean(), opened_at.float().mean())
+        return {name: Mean(float(mean), len(samples)) for name, mean in zip(self.measures, means, strict=True)}
 
     def _logits(self, samples: Sequence[ZoomSample]) -> Tensor:
         return gate_logits(self.zoom.adapter, self.zoom.gate, self.rows.of(samples)).float()

@@ -16,7 +16,7 @@ from multimodal.q_zoom.regions import Box, checked_box
 from multimodal.q_zoom.training.padded_rows import answer_loss, with_answer
 from multimodal.q_zoom.training.prompts import answer_ids, prompts_of
 from multimodal.q_zoom.training.samples import ZoomSample
-from multimodal.q_zoom.training.stages import ZoomStage
+from multimodal.q_zoom.training.stages import Mean, ZoomStage
 
 RANDOM_SIDES = (0.1, 0.6)  # least and greatest side of a random box, as shares of the map's
 
@@ -24,9 +24,11 @@ RANDOM_SIDES = (0.1, 0.6)  # least and greatest side of a random box, as shares 
 class TargetedTuning(ZoomStage):
     """Stage 2: next-token prediction of the answer, with the region in the prompt (arXiv 2604.06912).
 
-    Decoder layers and head are trained; encoder, embeddings and branches stay. Regions are those that the trained
-    branch proposes for the question alone, before the answer, as in use. (The published code for Qwen2.5-VL asks by
-    the last token of the whole training sequence.) A sample without any is learnt as the question stands.
+    Decoder layers and head are trained; encoder and branches stay. Embeddings of words stay too, unless the model ties
+    them to the head, as Qwen2.5-VL-3B and the tiny reader do: both are one weight then, which is trained. Regions are
+    those that the trained branch proposes for the question alone, before the answer, as in use. (The published code for
+    Qwen2.5-VL asks by the last token of the whole training sequence.) A sample without any is learnt as the question
+    stands.
 
     Args:
         backbone, heads, settings, options: see `ZoomStage`; `heads` are those of stage 1.
@@ -67,9 +69,9 @@ class TargetedTuning(ZoomStage):
         return answer_loss(adapter, prompts, labels, checkpointed=self.checkpointed)
 
     @torch.no_grad()
-    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, float]:
+    def scores(self, samples: Sequence[ZoomSample]) -> dict[str, Mean]:
         """The loss, without random boxes."""
-        return {"loss": float(self.loss(samples))}
+        return {"loss": Mean(float(self.loss(samples)), len(samples))}
 
     def with_region(self, sample: ZoomSample, prompt: Prompt, generator: torch.Generator | None) -> Prompt:
         """The prompt with its region put in; as it is where there is none."""
