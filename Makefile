@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv when it is there (fast), else pip.
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
-.PHONY: setup train test bench lint
+.PHONY: setup train test bench demo lint
 
 setup: .venv/.stamp
 
@@ -25,6 +25,11 @@ bench: .venv/.stamp
 	$(BIN)/python -m generation benchmark lina
 	$(BIN)/python -m generation benchmark spiking
 	$(BIN)/python -m generation benchmark radiance-field
+	$(BIN)/python -m multimodal benchmark
+
+demo: .venv/.stamp
+	$(INSTALL) --editable '.[demo,data]'
+	$(BIN)/python -m demos.app
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

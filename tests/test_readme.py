@@ -68,6 +68,7 @@ COMMANDS = {
     "make train": DRY_RUN,
     "make test": DRY_RUN,
     "make bench": DRY_RUN,
+    "make demo": DRY_RUN,
     MNIST.format("fit"): ONE_EPOCH + "1",
     MNIST.format("fit") + " --ckpt_path last --trainer.max_epochs 40": ONE_EPOCH + "2",
     MNIST.format("validate") + " --ckpt_path runs/vig_nano_mnist5k/0/checkpoints/last.ckpt": AS_IT_STANDS,
@@ -323,7 +324,7 @@ def mapped_files() -> set[str]:
 def test_map_names_every_file_and_nothing_else():
     mapped = mapped_files()
     assert [path for path in mapped if not (ROOT / path).exists()] == []
-    rooms = ("kernels", "vision", "generation", "multimodal")
+    rooms = ("kernels", "vision", "generation", "multimodal", "demos")
     sources = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     missing = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"} - mapped
     assert missing == set()
