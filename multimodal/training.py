@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from kernels.native.memory import keep_freed_memory
 
 CHECKPOINT_EVERY = 500  # steps
+UNION = "Does not validate against any of the Union subtypes"
 
 
 def checkpoint_path(given: str | None, root: Path, numbers: Sequence[int]) -> str | None:
@@ -43,6 +44,13 @@ def checkpoint_path(given: str | None, root: Path, numbers: Sequence[int]) -> st
     if given is not None and "://" not in given and not Path(given).exists():
         raise ValueError(f"ckpt_path is {given!r}; there is no such file; valid are a checkpoint and 'last'")
     return given
+
+
+def innermost(error: ValueError) -> ValueError:
+    """What an argument's own check says, without the types by which jsonargparse tried to take it."""
+    while str(error).startswith(UNION) and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error
 
 
 class StopAfterStep(pl.Callback):
@@ -86,16 +94,19 @@ class TrainingCommandLine(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        super().__init__(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "python -m multimodal", "description": __doc__},
-            args=args,
-        )
+        try:
+            super().__init__(
+                pl.LightningModule,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": "python -m multimodal", "description": __doc__},
+                args=args,
+            )
+        except ValueError as error:
+            raise innermost(error) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -9,12 +9,12 @@ import time
 import zlib
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'gated-vision-suite[demo]'")
-from gradio_client import Client, handle_file  # noqa: E402  it comes with gradio
+import httpx  # noqa: E402  it comes with gradio, as does its client
+from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from demos import fields  # noqa: E402

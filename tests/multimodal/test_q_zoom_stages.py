@@ -343,6 +343,11 @@ def test_a_checkpoint_of_another_stage_is_refused(backbone):
         proposal.on_load_checkpoint(checkpoint)
 
 
+def test_an_argument_that_is_wrong_is_all_that_is_said():
+    with pytest.raises(ValueError, match=r"^nowhere/q_zoom\.json holds no settings"):
+        main(["fit", "--config", str(CONFIGS / "tiny_stage3.yaml"), "--model.init_args.heads", "nowhere"])
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("tiny_stage*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_can_be_parsed(config, capsys):
     with pytest.raises(SystemExit) as stop:
