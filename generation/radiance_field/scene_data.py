@@ -5,6 +5,7 @@ scene = load_scene("runs/garden")          # transforms.json, Blender, COLMAP or
 origins, directions = scene.cameras.image_rays(0)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from generation.radiance_field.city_scene import load_city
@@ -30,8 +31,10 @@ def load_scene(
     lazy: bool = False,
     downscale: int = 1,
     alpha: bool = False,
-    background: str = "white",
+    background: str | None = None,
     normalise: bool | None = None,
+    near: float | None = None,
+    box: Sequence[Sequence[float]] | None = None,
     images: str = "images",
     altitude_range: tuple[float, float] | None = None,
 ) -> Scene:
@@ -45,9 +48,14 @@ def load_scene(
         lazy: read a picture when it is asked for, rather than all of them now; they may differ in size then.
         downscale: by which pictures are made smaller, a whole number.
         alpha: keep alpha as a fourth channel, rather than composite on `background`.
-        background: "white" or "black".
+        background: "white" or "black", which is behind what is transparent, and behind the whole scene even if pictures
+            have no alpha (a studio's wall, an even sky). None: white behind what is transparent, and if nothing is,
+            it is not known what is behind the scene.
         normalise: set the world upright, centre it, and scale the positions of the cameras into [-1, 1]; None does so
             for nerfstudio's format and COLMAP's.
+        near: distance from the camera at which rays begin, in the scene's units (after `normalise`); None for the
+            format's own.
+        box: least and greatest corner of what is of interest, in the same units; None for the format's own.
         images: COLMAP's folder of pictures.
         altitude_range: of a Mega-NeRF scene, metres downward (see `read_mega_nerf`).
 
@@ -62,8 +70,10 @@ def load_scene(
             "lazy": lazy,
             "downscale": downscale != 1,
             "alpha": alpha,
-            "background": background != "white",
+            "background": background is not None,
             "normalise": normalise is not None,
+            "near": near is not None,
+            "box": box is not None,
             "images": images != "images",
             "altitude_range": altitude_range is not None,
         }
@@ -92,4 +102,4 @@ def load_scene(
         raise ValueError(f"altitude_range is {altitude_range}; {str(source)!r} is no Mega-NeRF scene")
     if images != "images" and not is_colmap:
         raise ValueError(f"images is {images!r}; {str(source)!r} is no COLMAP scene")
-    return assemble(found, lazy, downscale, alpha, background, normalise)
+    return assemble(found, lazy, downscale, alpha, background, normalise, near, box)

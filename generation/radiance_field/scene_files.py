@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.argument_checks import check_choice, check_whole
+from generation.argument_checks import check_choice, check_real, check_whole
 from generation.radiance_field.cameras import Cameras, check_poses, orient_and_scale, similarity_scale
+from generation.radiance_field.contraction import check_box
 from generation.radiance_field.image_files import (
     COLOURS,
     MILLIMETRES,
@@ -72,11 +73,21 @@ class SceneFiles:
 
 
 def assemble(
-    found: SceneFiles, lazy: bool, downscale: int, alpha: bool, background: str, normalise: bool | None
+    found: SceneFiles,
+    lazy: bool,
+    downscale: int,
+    alpha: bool,
+    background: str | None,
+    normalise: bool | None,
+    near: float | None,
+    box: Sequence[Sequence[float]] | None,
 ) -> Scene:
     """The scene; arguments as of `load_scene`."""
-    check_choice("background", background, tuple(COLOURS))
+    behind = "white" if background is None else check_choice("background", background, tuple(COLOURS))
     check_whole("downscale", downscale, 1, 64)
+    given_box = None if box is None else check_box(box)
+    if near is not None:
+        check_real("near", near)
     check_poses(found.cameras.c2w, found.names)  # before any picture is read
     _check_meant(found)
     measured = measure(found.paths)
@@ -95,7 +106,7 @@ def assemble(
         transform = composed(applied, transform)
         factor = similarity_scale(applied)
         distances = 1.0 if found.scale else factor
-    images = ImageFiles(found.paths, cameras.width, cameras.height, alpha, background)
+    images = ImageFiles(found.paths, cameras.width, cameras.height, alpha, behind)
     masks = depths = None
     if found.mask_paths is not None or found.halves is not None:
         nothing = [None] * len(found.paths)
@@ -108,18 +119,21 @@ def assemble(
         images = read_all(images, cameras, found.names)
         masks = None if masks is None else read_all(masks, cameras, found.names)
         depths = None if depths is None else read_all(depths, cameras, found.names)
-    box = _box(found, cameras, scaled=wanted[2])
-    _warn_of_box(box, cameras[found.splits["train"]])
+    nearest, farthest = found.near * distances if near is None else near, found.far * distances
+    if nearest >= farthest:
+        raise ValueError(f"near is {near}; rays of scene {found.name!r} end at {farthest:.4g}, it must be below")
+    space = _box(found, cameras, scaled=wanted[2]) if given_box is None else given_box
+    _warn_of_box(space, cameras[found.splits["train"]])
     return Scene(
         name=found.name,
         images=images,
         cameras=cameras,
         names=found.names,
         splits=found.splits,
-        box=box,
-        near=found.near * distances,
-        far=found.far * distances,
-        background=tuple(value / 255 for value in COLOURS[background]) if measured.has_alpha else None,
+        box=space,
+        near=nearest,
+        far=farthest,
+        background=tuple(value / 255 for value in COLOURS[behind]) if background or measured.has_alpha else None,
         masks=masks,
         depths=depths,
         appearance_ids=found.appearance_ids,

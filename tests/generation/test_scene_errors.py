@@ -278,10 +278,18 @@ def test_other_damage_to_mega_nerf_files(taken, tmp_path, case):
         ({"source": CITY, "lazy": True}, "lazy is given, but source is City"),
         ({"background": "pink"}, "background is 'pink'; valid are 'white', 'black'"),
         ({"downscale": 0}, "downscale is 0; it must be a whole number from 1"),
+        ({"near": -0.1}, "near is -0.1; it must be"),
+        ({"near": 1000.0}, "near is 1000.0; rays of scene .* end at 1000, it must be below"),
+        ({"box": [[0, 0, 0], [1, 0, 1]]}, "it must be a least and a greatest corner, finite, each axis apart"),
+        ({"source": "city", "near": 0.1}, "near is given, but source is 'city'; it is for folders"),
+        ({"source": "city", "background": "white"}, "background is given, but source is 'city'"),
         ({"altitude_range": (1.0, 2.0)}, "is no Mega-NeRF scene"),
         ({"images": "images_4"}, "images is 'images_4'; .* is no COLMAP scene"),
     ],
-    ids=["source", "city", "own-city", "background", "downscale", "altitude", "images"],
+    ids=[
+        *("source", "city", "own-city", "background", "downscale", "near", "near-far", "box", "city-near"),
+        *("city-background", "altitude", "images"),
+    ],
 )
 def test_arguments_that_do_not_apply_are_refused(taken, tmp_path, arguments, message):
     write_nerfstudio(taken, tmp_path)

@@ -131,6 +131,28 @@ def test_nerfstudio_lens(tmp_path):
     assert agreement(scene, undone(scene)) > 0.98
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [({}, None), ({"background": "white"}, (1, 1, 1)), ({"background": "black"}, (0, 0, 0))],
+    ids=["not given", "white", "black"],
+)
+def test_background_of_pictures_without_alpha_is_what_is_said_of_it(options, known, taken, tmp_path):
+    write_nerfstudio(taken, tmp_path)
+    scene = load_scene(tmp_path, **options)
+    assert scene.background == known
+    assert torch.equal(scene.images, load_scene(tmp_path).images)
+
+
+@pytest.mark.parametrize("normalise", [None, False], ids=["normalised", "as it is"])
+def test_near_and_box_are_in_the_scene_s_units(normalise, taken, tmp_path):
+    write_nerfstudio(taken, tmp_path)
+    corners = [[-1.0, -0.5, -0.25], [0.5, 1.0, 0.125]]
+    own = load_scene(tmp_path, normalise=normalise)
+    scene = load_scene(tmp_path, normalise=normalise, near=0.25, box=corners)
+    assert (scene.near, scene.far, scene.box.tolist()) == (0.25, own.far, corners)
+    assert torch.equal(scene.cameras.c2w, own.cameras.c2w)
+
+
 @pytest.mark.parametrize("background", ["white", "black"])
 def test_blender(tmp_path, background):
     taken = photograph("SIMPLE_PINHOLE", cx=WIDTH / 2, cy=HEIGHT / 2)
