@@ -318,7 +318,8 @@ def test_command_line_trains_and_resumes(autoencoder, tmp_path, monkeypatch):
         ("last", "error: ckpt_path is 'last', but no run in runs/other has a checkpoint"),
         (
             "missing.ckpt",
-            "error: ckpt_path is 'missing.ckpt'; there is no such file; valid are a checkpoint and 'last'",
+            "error: ckpt_path is 'missing.ckpt'; there is no such file; valid are a checkpoint, the folder of a run "
+            "that has checkpoints/last.ckpt, and 'last'",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
