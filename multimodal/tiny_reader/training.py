@@ -8,6 +8,7 @@ Each goes on from the model that the one before left in `<run>/model`.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ class ReaderTraining(pl.LightningModule):
         """Parameters with their rates."""
         return [{"params": list(self.parameters()), "lr": self.learning_rate}]
 
+    @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        raise NotImplementedError
+        """The loss of a batch."""
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.loss(batch)
