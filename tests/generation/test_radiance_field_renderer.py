@@ -235,7 +235,8 @@ def test_memory_bounds_what_drawing_takes(kind, step, memory, rays):
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= memory + 8  # what PyTorch allocates once, by the way
+    # Beside it stands what PyTorch allocates once and what the allocator keeps; without a bound it was 166 to 220.
+    assert int(done.stdout) <= memory + 32
 
 
 def test_pictures_need_not_be_square():
