@@ -200,7 +200,8 @@ class QZoom(nn.Module):
                 `gate_threshold` stands for `separability_threshold`.
             return_zoom_info: return `(output, [ZoomInfo, ...])`.
             options: any arguments of stock `generate` but assisted decoding and `use_cache=False`. Lengths count the
-                prompts as given; streamers and stopping criteria see them with their regions.
+                prompts as given; streamers, stopping criteria and logits processors see
+                them with their regions.
 
         Raises:
             ValueError: inputs, images, boxes or thresholds that cannot be used.
