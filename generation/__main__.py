@@ -26,11 +26,11 @@ from importlib import import_module
 from pathlib import Path
 
 from generation.argument_checks import check_numbers
-from generation.atomic_files import prepare_output
 from generation.lina.sample import LIMITS
 from generation.lina.shipped_models import check_model, models_there
 from generation.radiance_field import commands as radiance
 from generation.spiking_diffusion import commands as spiking
+from training_runs.atomic_files import prepare_output
 
 HOME_OF = {
     "fit": "generation.training",

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from generation.atomic_files import write_json
+from training_runs.atomic_files import write_json
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:

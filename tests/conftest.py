@@ -29,7 +29,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = tuple(f"{ROOT / room}{os.sep}" for room in ("kernels", "vision", "generation", "multimodal", "demos"))
+ROOMS = tuple(
+    f"{ROOT / room}{os.sep}" for room in ("kernels", "training_runs", "vision", "generation", "multimodal", "demos")
+)
 ALLOCATORS = [
     *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
     *((torch.Tensor, name) for name in ("new_empty", "new_empty_strided")),

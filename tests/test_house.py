@@ -17,10 +17,11 @@ import kernels
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "kernels": set(),
-    "vision": {"kernels"},
-    "generation": {"kernels"},
-    "multimodal": {"kernels"},
-    "demos": {"kernels", "vision", "generation", "multimodal"},
+    "training_runs": {"kernels"},
+    "vision": {"kernels", "training_runs"},
+    "generation": {"kernels", "training_runs"},
+    "multimodal": {"kernels", "training_runs"},
+    "demos": {"kernels", "training_runs", "vision", "generation", "multimodal"},
     "configs": set(),
 }
 OUTSIDE_OF_KERNELS = {"torch", "triton"}  # triton only by way of a function: see LAZY

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from vision.model_files import write_atomically
+from training_runs.atomic_files import write_atomically
 from vision.reports import RunReport
 from vision.standings import Result, Standing, plot_comparison, print_standings, verdict, write_table
 from vision.training import TrainingCommandLine, prepare_process

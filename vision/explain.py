@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize
 
+from training_runs.atomic_files import write_atomically
 from vision.explanation_pictures import describe_receptive_field, draw_insight
 from vision.image_files import open_image
-from vision.model_files import load_model, write_atomically
+from vision.model_files import load_model
 from vision.model_insight import Insight, blocks_by_stage, check_index, look_inside
 from vision.predict import Classifier
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from training_runs.atomic_files import write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Of `timm.create_model`: where weights came from is no part of the model that is saved.
@@ -99,15 +99,3 @@ def _from_training_checkpoint(path: Path) -> nn.Module:
     module.load_state_dict(saved["state_dict"])
     module.on_load_checkpoint(saved)
     return module.final_model.eval()
-
-
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)

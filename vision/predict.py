@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training_runs.atomic_files import write_atomically
 from vision.image_files import ImageFileError, find_images, open_image
-from vision.model_files import load_model, write_atomically
+from vision.model_files import load_model
 
 
 class Classifier:

@@ -22,12 +22,12 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from generation.atomic_files import prepare_output, write_atomically, write_json
 from generation.finished_runs import finished, keep
 from generation.lina.captioned_shapes import CaptionedShapes, draw, held_out_prompts
 from generation.lina.shape_scores import score
 from generation.lina.training import LinaTraining
-from generation.training import prepare_process
+from training_runs.atomic_files import prepare_output, write_atomically, write_json
+from training_runs.command_line import prepare_process
 
 TIMED_STEPS, WARM_UP_STEPS = 30, 10
 MEASURES = ("loss", "all_correct", "colour", "shape", "place")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from generation.atomic_files import write_atomically, write_json
 from generation.lina.openmoji import GROUPS, Emoji, group_of, split_emoji, to_signed
 from generation.lina.shape_scores import draw_prompts
 from generation.lina.shipped_models import load_pipeline
 from generation.picture_statistics import PictureStatistics
+from training_runs.atomic_files import write_atomically, write_json
 
 SHOWN = 32  # pictures of a grid, each above the real one
 

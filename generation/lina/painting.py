@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from generation.atomic_files import write_atomically
+from training_runs.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)

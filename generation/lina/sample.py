@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import kernels
 from generation.argument_checks import SEEDS, check_numbers
-from generation.atomic_files import prepare_output, write_atomically
 from generation.lina.shipped_models import check_model, load_pipeline, models_there
+from training_runs.atomic_files import prepare_output, write_atomically
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import, which --help and errors need not wait for
     import torch

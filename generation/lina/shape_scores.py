@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-from generation.atomic_files import write_atomically, write_json
 from generation.lina.captioned_shapes import COLOURS, KINDS, PLACES, held_out_prompts
 from generation.lina.pipeline import LinaPipeline
 from generation.lina.shape_checker import check
 from generation.lina.shipped_models import load_pipeline
 from generation.lina.training import LinaTraining
+from training_runs.atomic_files import write_atomically, write_json
 
 BATCH = 125
 COLUMNS = ("all_correct", "colour", "shape", "place", "relation")

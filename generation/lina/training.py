@@ -13,7 +13,6 @@ from diffusers.training_utils import EMAModel
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from generation.atomic_files import write_folder_atomically
 from generation.lina.autoencoder import TinyAutoencoder
 from generation.lina.embeddings import patchify
 from generation.lina.packaged_text_encoder import PackagedTextEncoder
@@ -23,6 +22,7 @@ from generation.lina.text_encoder import WordTextEncoder
 from generation.lina.token_denoiser import FlowSchedule
 from generation.lina.transformer import LinaTransformer
 from generation.numbered_batches import generator_of_batch
+from training_runs.atomic_files import write_folder_atomically
 
 
 class LinaTraining(pl.LightningModule):

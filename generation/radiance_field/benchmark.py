@@ -23,7 +23,6 @@ import yaml
 from torch import Tensor
 
 from generation.argument_checks import check_numbers
-from generation.atomic_files import prepare_output, write_json
 from generation.radiance_field.city_scene import load_city
 from generation.radiance_field.district_city import City
 from generation.radiance_field.heads import put_back
@@ -35,6 +34,7 @@ from kernels.interleaved_timing import Timing, machine, print_table, ratio, time
 from kernels.native.memory import keep_freed_memory
 from kernels.occupancy_grid import Marched
 from kernels.volume_rendering import composite
+from training_runs.atomic_files import prepare_output, write_json
 
 CORNERS = ((1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0), (0, 1, 0))
 SMALL_POINTS = 4096  # of the comparisons

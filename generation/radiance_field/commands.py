@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from generation.argument_checks import check_numbers
-from generation.atomic_files import prepare_output
 from generation.radiance_field.shipped_fields import check_field, fields_there
+from training_runs.atomic_files import prepare_output
 
 LIMITS = {"frames": (1, 100_000), "rate": (1, 240), "memory": (1, 1 << 20)}
 LARGEST_SIDE = 16384  # pixels

@@ -24,13 +24,13 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from PIL import Image
 
-from generation.atomic_files import prepare_output, write_atomically, write_json
 from generation.finished_runs import finished, keep
 from generation.radiance_field.pictures import colour_picture, expert_palette, expert_picture, to_bytes
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_rays import SceneRays
 from generation.radiance_field.training import RadianceFieldTraining
-from generation.training import prepare_process
+from training_runs.atomic_files import prepare_output, write_atomically, write_json
+from training_runs.command_line import prepare_process
 
 MEASURES = {
     "psnr": "{:.2f}",

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from generation.atomic_files import write_atomically
+from training_runs.atomic_files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from generation.atomic_files import write_atomically, write_json
 from generation.finished_runs import differences
 from generation.lina.sample import device_of
 from generation.radiance_field.camera_paths import camera_path
@@ -26,6 +25,7 @@ from generation.radiance_field.pictures import colour_picture, depth_picture, ex
 from generation.radiance_field.renderer import Renderer
 from generation.radiance_field.saved_renderer import WEIGHTS, load
 from generation.radiance_field.shipped_fields import check_field
+from training_runs.atomic_files import write_atomically, write_json
 
 SETTINGS = "settings.json"
 PARTIAL = ".partial-"  # what is written atomically is called so before it is whole

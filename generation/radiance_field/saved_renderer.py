@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from generation.atomic_files import write_atomically, write_json
 from generation.loaded_weights import not_finite
 from generation.radiance_field.cameras import Cameras, check_poses
 from generation.radiance_field.renderer import Renderer
 from generation.radiance_field.scene import Scene
+from training_runs.atomic_files import write_atomically, write_json
 
 CONFIG, WEIGHTS, FORMAT = "config.json", "model.safetensors", 1
 RENDERER, CAMERAS = "renderer.", "cameras."  # what names of tensors begin with

@@ -22,7 +22,6 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from generation.argument_checks import check_choice
-from generation.atomic_files import write_folder_atomically
 from generation.loaded_weights import not_finite
 from generation.numbered_batches import generator_of_batch
 from generation.radiance_field.checkpoint_origin import check_origin, origin_of
@@ -33,6 +32,7 @@ from generation.radiance_field.saved_renderer import save
 from generation.radiance_field.scene import Scene
 from generation.radiance_field.scene_rays import on_background
 from kernels.occupancy_grid import Marched
+from training_runs.atomic_files import write_folder_atomically
 
 logger = logging.getLogger("generation")
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from generation.argument_checks import check_numbers
-from generation.atomic_files import prepare_output, write_json
 from generation.spiking_diffusion.energy import EnergyMeter
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
 from kernels.interleaved_timing import machine, print_table, ratio, time_interleaved
 from kernels.native.memory import keep_freed_memory
 from kernels.spiking_neuron import spiking_neuron
+from training_runs.atomic_files import prepare_output, write_json
 
 SHAPES = ((4, 64, 64, 16, 16), (4, 64, 32, 8, 8))
 SMALL = {"sample_size": 8, "in_channels": 1, "channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1}

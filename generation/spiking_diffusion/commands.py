@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from generation.argument_checks import SEEDS, check_numbers, check_whole
-from generation.atomic_files import prepare_output
 from generation.model_folders import INDEX
 from generation.spiking_diffusion.shipped_models import check_model, models_there
+from training_runs.atomic_files import prepare_output
 
 LIMITS = {
     "images": (1, 4096),

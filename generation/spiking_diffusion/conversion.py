@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.atomic_files import write_folder_atomically
 from generation.spiking_diffusion import official_checkpoints
 from generation.spiking_diffusion.quantized_unet import UNQUANTIZED, QuantizedUNet2DModel
+from training_runs.atomic_files import write_folder_atomically
 
 OFFICIALLY_SIGNED = ("time_embedding", "read_out")  # after the official code's `unsigned_spikes()`
 RENAMED = (

@@ -10,10 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from generation.atomic_files import write_atomically, write_json
 from generation.spiking_diffusion.energy import ACCUMULATE_PJ, MAC_PJ, EnergyReport, totals
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline, ddim_scheduler
 from generation.spiking_diffusion.shipped_models import load_pipeline
+from training_runs.atomic_files import write_atomically, write_json
 
 # That say which layers a network has.
 LAYER_SETTINGS = ("_class_name", "sample_size", "in_channels", "out_channels", "channels", "channel_multipliers")

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from generation.atomic_files import write_atomically, write_json
 from generation.spiking_diffusion.image_sets import LabelledImages, load
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.quality import Judge, Quality
 from generation.spiking_diffusion.sample import draw_images, picture
 from generation.spiking_diffusion.shipped_models import load_pipeline
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
+from training_runs.atomic_files import write_atomically, write_json
 
 SHOWN = 40  # images of each model in the picture
 SEED_STRIDE = 1_000_003  # between the images of two seeds

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import kernels
-from generation.atomic_files import write_atomically
 from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline
 from generation.spiking_diffusion.shipped_models import load_pipeline
+from training_runs.atomic_files import write_atomically
 
 MOST_AT_ONCE, MOST_ACTIVATIONS = 256, 2**24  # images, and numbers of the first layer's activations
 

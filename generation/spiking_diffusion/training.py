@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from generation.argument_checks import check_choice
-from generation.atomic_files import write_folder_atomically
 from generation.loaded_weights import quiet_loading
 from generation.model_folders import folder_of
 from generation.numbered_batches import generator_of_batch
@@ -22,6 +21,7 @@ from generation.spiking_diffusion.pipeline import SpikingDiffusionPipeline, ddim
 from generation.spiking_diffusion.quantized_unet import QuantizedUNet2DModel
 from generation.spiking_diffusion.shipped_models import SHIPPED
 from generation.spiking_diffusion.unet import SpikingUNet2DModel
+from training_runs.atomic_files import write_folder_atomically
 
 NETWORKS = {"spiking": SpikingUNet2DModel, "quantized": QuantizedUNet2DModel}
 

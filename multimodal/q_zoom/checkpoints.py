@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.utils import cached_file
 
 from multimodal.q_zoom.configuration import CONFIGURATION_FILE, PRESETS, QZoomConfig
+from training_runs.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from multimodal.q_zoom.model import QZoom
@@ -42,13 +41,9 @@ def save(zoom: "QZoom", folder: str | Path, *, official_keys: bool) -> None:
         raise ValueError(f"folder is {str(folder)!r}; there is a file of that name")
     weights = official_weights(zoom) if official_keys else own_weights(zoom)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        new = Path(scratch)
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, new / HEADS_FILE)
-        zoom.config.save(new)
-        for name in (HEADS_FILE, CONFIGURATION_FILE):
-            os.chmod(new / name, 0o644)
-            os.replace(new / name, folder / name)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    write_atomically(folder / HEADS_FILE, lambda partial: save_file(tensors, partial))
+    write_atomically(folder / CONFIGURATION_FILE, lambda partial: zoom.config.save(Path(partial)))
 
 
 def load(

@@ -82,10 +82,10 @@ class QZoomConfig:
         if self.max_visual_tokens is not None:
             check_whole("max_visual_tokens", self.max_visual_tokens, 2)
 
-    def save(self, folder: Path) -> None:
-        """Write the settings into `folder`, as `q_zoom.json`."""
+    def save(self, path: Path) -> None:
+        """Write the settings into a JSON file."""
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (Path(folder) / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "QZoomConfig":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from generation.atomic_files import write_atomically, write_folder_atomically
+from training_runs.atomic_files import write_atomically, write_folder_atomically
 
 
 def fill(folder: Path, text: str = "new") -> None:

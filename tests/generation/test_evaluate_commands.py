@@ -5,9 +5,9 @@ import json
 import pytest
 
 from generation import __main__ as command_line
-from generation.atomic_files import write_atomically
 from generation.lina import openmoji_scores, shape_scores
 from generation.lina.captioned_shapes import LEVELS
+from training_runs.atomic_files import write_atomically
 
 
 def stopped(capsys, *arguments: str) -> str:

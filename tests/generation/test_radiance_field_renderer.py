@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from generation.atomic_files import write_folder_atomically
 from generation.radiance_field import renderer as renderer_module
 from generation.radiance_field.cameras import Cameras
 from generation.radiance_field.district_city import BOX, City
@@ -23,6 +22,7 @@ from generation.radiance_field.saved_renderer import CONFIG, WEIGHTS, load, save
 from generation.radiance_field.scene import Scene
 from kernels.occupancy_grid import Marched, march
 from tests.generation import test_radiance_field_training as small
+from training_runs.atomic_files import write_folder_atomically
 
 STEP = 0.5
 

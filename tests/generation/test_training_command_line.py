@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from generation.__main__ import main
-from generation.training import check_checkpoint, checkpoint_path
+from training_runs.command_line import check_checkpoint, checkpoint_path
 
 CONFIG = {
     "model": {

@@ -19,7 +19,8 @@ from multimodal.q_zoom.training.targeted_tuning import TargetedTuning, random_bo
 from multimodal.tiny_reader.model import TinyReaderConfig, TinyReaderForConditionalGeneration
 from multimodal.tiny_reader.processing import WORDS, build_processor
 from multimodal.tiny_reader.stage_data import scene_samples
-from multimodal.training import StopAfterStep, main
+from multimodal.training import main
+from training_runs.command_line import StopAfterStep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "multimodal"
 SETTINGS = {
